@@ -1,0 +1,47 @@
+"""deconfound_jax: language models aligned on the posterior of a deconfounded reward.
+
+Importing this package is free of side effects: names are resolved when used.
+
+    import deconfound_jax as dj
+    posterior = dj.fit(logs, features, dj.Causal(design="category(week)"))
+    reward = dj.model_form(posterior, features)
+    dj.load("runs/newsroom").score(["a headline"])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Design": "structs",
+    "Logs": "structs",
+    "Roles": "structs",
+    "Causal": "config",
+    "Run": "config",
+    "read": "logs.read",
+    "split": "logs.split",
+    "prepare": "causal.terms",
+    "fit": "causal.fit",
+    "Posterior": "causal.posterior",
+    "Reward": "causal.reward",
+    "model_form": "causal.reward",
+    "text_form": "causal.reward",
+    "residual_form": "causal.reward",
+    "load": "saved",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"deconfound_jax has no {name!r}; it has {__all__}")
+    home = importlib.import_module(f"deconfound_jax.{_HOMES[name]}")
+    return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Alignment: losses, log-probabilities, baselines and the joint step."""

@@ -1,0 +1,49 @@
+"""Convergence checks on plain arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+PARETO_LIMIT = 0.7  # above it importance weights have no usable variance (Vehtari et al. 2024)
+
+
+def pareto_k(log_weight_s: np.ndarray) -> float:
+    """Shape k of a generalised Pareto fitted to the largest importance weights.
+
+    Args:
+      log_weight_s: log importance weights of s draws, any constant added.
+
+    Returns:
+      k: below 0.5 good, above 0.7 the weights cannot be trusted. Infinity where a
+      weight is not finite.
+
+    Source: Zhang and Stephens 2009 (the estimator); Vehtari et al. 1507.02646.
+    """
+    if not np.isfinite(log_weight_s).any() or np.isnan(log_weight_s).any():
+        return float("inf")
+    weights = np.sort(np.exp(log_weight_s - log_weight_s.max()))
+    tail = int(min(0.2 * len(weights), 3 * np.sqrt(len(weights))))
+    if tail < 5:
+        return float("inf")
+    excess = weights[-tail:] - weights[-tail - 1]
+    if excess[-1] <= 1e-12:  # a flat tail: proposal equals target
+        return float("-inf")
+    excess = np.maximum(excess, 1e-300)
+    m = 30 + int(np.sqrt(tail))
+    quarter = excess[max(int(tail / 4 + 0.5) - 1, 0)]
+    theta = 1 / excess[-1] + (1 - np.sqrt(m / (np.arange(1, m + 1) - 0.5))) / (3 * quarter)
+    shape = np.log1p(-theta[:, None] * excess[None, :]).mean(1)
+    profile = tail * (np.log(-theta / shape) - shape - 1)
+    weight = np.exp(profile - profile.max())
+    theta_hat = (theta * weight).sum() / weight.sum()
+    k = np.log1p(-theta_hat * excess).mean()
+    return float((tail * k + 5) / (tail + 10))  # weakly informed towards 0.5, as published
+
+
+def split_rhat(draws_cs: np.ndarray) -> float:
+    """Split R-hat of one scalar over chains (c, s); 1 when chains agree (Gelman et al. 2013)."""
+    half = draws_cs.shape[1] // 2
+    chains = np.concatenate([draws_cs[:, :half], draws_cs[:, half : 2 * half]])
+    within = chains.var(1, ddof=1).mean()
+    between = half * chains.mean(1).var(ddof=1)
+    return float(np.sqrt(((half - 1) / half * within + between / half) / max(within, 1e-300)))

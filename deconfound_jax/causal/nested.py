@@ -1,0 +1,244 @@
+"""Exact and Laplace fits: coefficients in closed form, a few scalars integrated.
+
+For the normal family theta | psi is Gaussian, so the only thing left to integrate
+is the collapsed posterior of psi (two to eight scalars). Elsewhere theta | psi is
+replaced by its Laplace approximation, found by Newton steps (as in Rue, Martino
+and Chopin 2009). Either way psi is integrated by importance sampling: a Student-t
+proposal at the mode, refitted to its own weighted draws, with the Pareto k of
+the weights as the convergence check. fp64 inside the call only.
+
+Wide features are rotated to be orthogonal first, once: then each psi costs a
+factorisation as large as the terms and levels, not as the features.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+
+from deconfound_jax.causal import conditional
+from deconfound_jax.causal.diagnostics import PARETO_LIMIT, pareto_k
+from deconfound_jax.causal.families import FAMILIES
+from deconfound_jax.causal.terms import Rows, Spec
+
+NEWTON_STEPS = 40  # at most; from a near start four are enough
+_NEWTON_TOLERANCE = 1e-8  # of eta, in the link's units
+_CHUNK = 64  # proposals of one compiled call, whatever their number: one compilation
+_DEGREES = 4.0  # of the Student-t proposal: tails heavier than the posterior's
+
+
+def fit_nested(spec: Spec, rows: Rows, draws: int, seed: int) -> tuple[dict[str, np.ndarray], dict]:
+    """Draws from the posterior of every site.
+
+    Args:
+      spec, rows: from `terms.prepare`.
+      draws: posterior draws to return.
+      seed: of the proposal and the draws.
+
+    Returns:
+      Sites with draws first, and diagnostics: pareto_k, effective_draws, mode_gradient, newton_step, converged.
+    """
+    with jax.enable_x64(True):
+        spec, rows, rotation_dd = _orthogonalise(spec, rows)
+        rows = Rows(*[jnp.asarray(field) for field in rows])
+        rows = rows._replace(**{f: getattr(rows, f).astype(float) for f in rows._fields if f != "levels_nc"})
+        conjugate = FAMILIES[spec.family].conjugate
+        data = _moments(spec, rows) if conjugate else Counts(rows, jnp.zeros_like(rows.outcome_n), jnp.zeros(()))
+        mode, covariance, gradient, data = _mode(spec, data)
+        psi, weights, k = _importance(spec, data, mode, covariance, draws, seed)
+        pick = _resample(weights, draws, seed)
+        keys = jax.random.split(jax.random.key(seed), draws)
+        found = jax.tree.map(np.asarray, _draw_all(spec, data, jnp.asarray(psi[pick]), keys))
+    if rotation_dd is not None:
+        found |= {name: found[name] @ rotation_dd.T for name in ("text", "first.text") if name in found}
+    effective = float(1 / np.sum(weights**2))
+    moved = 0.0 if conjugate else float(data.moved)
+    still = moved < 1e-3 and gradient < 1e-2 * max(1.0, float(rows.weight_n.shape[0]) ** 0.5)
+    diagnostics = {"pareto_k": k, "effective_draws": effective, "mode_gradient": gradient, "newton_step": moved}
+    return found, {**diagnostics, "converged": bool(k <= PARETO_LIMIT and still)}
+
+
+class Counts(NamedTuple):
+    """Rows of a family without closed form, and where Newton's steps on theta start."""
+
+    rows: Rows
+    eta_n: jax.Array
+    moved: jax.Array  # (): the last step's size, 0 where the steps have converged
+
+
+def newton(spec: Spec, rows: Rows, raw: jax.Array, eta_n: jax.Array, steps: int = NEWTON_STEPS) -> jax.Array:
+    """Fitted eta (n,) at the mode of theta | psi: Newton steps until none moves, `steps` at most."""
+
+    def unfinished(carry):
+        i, _, moved = carry
+        return (i < steps) & (moved > _NEWTON_TOLERANCE)
+
+    def step(carry):
+        i, eta_n, _ = carry
+        new_n = newton_step(spec, rows, raw, eta_n)
+        return i + 1, new_n, jnp.abs(new_n - eta_n).max()
+
+    return jax.lax.while_loop(unfinished, step, (0, eta_n, jnp.full((), jnp.inf, eta_n.dtype)))[1]
+
+
+def newton_step(spec: Spec, rows: Rows, raw: jax.Array, eta_n: jax.Array) -> jax.Array:
+    """One step, bounded so that it cannot overshoot to rate 0 or 1."""
+    psi = conditional.constrain(spec, raw)
+    solution = conditional.solve(spec, surrogate(spec, rows, eta_n), psi)
+    return eta_n + jnp.clip(linear_predictor(spec, rows, solution, psi) - eta_n, -4.0, 4.0)
+
+
+def surrogate(spec: Spec, rows: Rows, eta_n: jax.Array) -> conditional.Moments:
+    """Cross products of the quadratic that touches the log-likelihood at eta."""
+    family = FAMILIES[spec.family]
+    first_n, information_n = family.curvature(eta_n, rows)
+    log_prob_n = family.distribution(eta_n, rows).log_prob(rows.outcome_n)
+    constant = jnp.sum(rows.weight_n * (log_prob_n + 0.5 * first_n**2 / information_n))
+    return conditional.moments(spec, rows, eta_n + first_n / information_n, information_n, constant)
+
+
+def linear_predictor(spec: Spec, rows: Rows, solution: conditional.Solution, psi) -> jax.Array:
+    """eta (n,) at the conditional mean of theta."""
+    found = conditional.sites(spec, solution, solution.mean_d, jnp.zeros_like(solution.level_linear_cm))
+    eta_n = predict(spec, rows, found, "")
+    if spec.endogenous:
+        residual_n = rows.endogenous_n - predict(spec, rows, found, "first.")
+        eta_n = eta_n + found["gamma"] * rows.endogenous_n + psi["control"] / psi["first.sigma"] * residual_n
+    return eta_n
+
+
+def predict(spec: Spec, rows: Rows, found, prefix: str) -> jax.Array:
+    """Sum of one equation's exogenous effects (n,)."""
+    total_n = found[prefix + "intercept"] * jnp.ones(rows.columns_nq.shape[0])
+    for block in spec.first_blocks if prefix else spec.blocks:
+        total_n = total_n + rows.columns_nq[:, block.start : block.stop] @ found[prefix + block.name]
+    for level in spec.levels:
+        total_n = total_n + found[prefix + level.name][rows.levels_nc[:, level.column]]
+    return total_n
+
+
+def _orthogonalise(spec: Spec, rows: Rows):
+    """Rotates the text's columns so that their cross products are diagonal, where that saves work.
+
+    The prior N(0, scale^2 I) does not see the rotation. Both equations must weigh
+    the rows alike, and a Newton step weighs them anew, so only for `conjugate`.
+
+    Returns:
+      spec, rows, and the rotation (d, d), or None where nothing was done.
+    """
+    d = spec.blocks[0].stop
+    alike = not spec.endogenous or np.ptp(rows.precision_n) == 0
+    if not (FAMILIES[spec.family].conjugate and alike and d > max([v.count for v in spec.levels], default=0)):
+        return spec, rows, None
+    text_nd = np.asarray(rows.columns_nq[:, :d], float)
+    scaled_nd = text_nd * np.asarray(rows.weight_n * rows.precision_n)[:, None]
+    rotation_dd = np.linalg.eigh(scaled_nd.T @ text_nd)[1]
+    columns_nq = np.concatenate([text_nd @ rotation_dd, rows.columns_nq[:, d:]], 1)
+    return spec._replace(orthogonal=True), rows._replace(columns_nq=columns_nq), rotation_dd
+
+
+_moments = jax.jit(conditional.moments, static_argnums=0)
+
+
+def _stats(spec: Spec, data, raw):
+    """Moments at psi (the log's own, or the surrogate's after Newton steps), and `data` to start from next.
+
+    Only a last Newton step is differentiated: at the mode the derivative with
+    respect to the step's start vanishes, so the gradient is right.
+    """
+    if isinstance(data, conditional.Moments):
+        return data, data
+    raw_fixed, start_n = jax.lax.stop_gradient((raw, data.eta_n))
+    eta_n = jax.lax.stop_gradient(newton(spec, data.rows, raw_fixed, start_n))
+    last_n = newton_step(spec, data.rows, raw, eta_n)
+    near = jax.lax.stop_gradient(Counts(data.rows, last_n, jnp.abs(last_n - eta_n).max()))
+    return surrogate(spec, data.rows, last_n), near
+
+
+def _negative_log_posterior(spec: Spec, data, raw):
+    stats, data = _stats(spec, data, raw)
+    solution = conditional.solve(spec, stats, conditional.constrain(spec, raw))
+    value = solution.log_likelihood + conditional.log_prior(spec, raw)
+    return jnp.where(jnp.isfinite(value), -value, 1e12), data
+
+
+_value_and_gradient = jax.jit(jax.value_and_grad(_negative_log_posterior, argnums=2, has_aux=True), static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_posteriors(spec: Spec, data, raw_mk):
+    return jax.lax.map(lambda raw: -_negative_log_posterior(spec, data, raw)[0], raw_mk)
+
+
+@partial(jax.jit, static_argnums=0)
+def _draw_all(spec: Spec, data, raw_sk, keys):
+    def one(pair):
+        raw, key = pair
+        psi = conditional.constrain(spec, raw)
+        return psi | conditional.draw(spec, conditional.solve(spec, _stats(spec, data, raw)[0], psi), key)
+
+    return jax.lax.map(one, (raw_sk, keys))
+
+
+def _mode(spec: Spec, data):
+    """Mode of psi, its covariance by differences of the gradient, the gradient's size there, and a near start."""
+    n = len(conditional.layout(spec).names)
+    start = np.full(n, np.log(0.3))
+    bounds = [(-9.0, 4.0)] * n
+    if spec.endogenous:
+        start[-1], bounds[-1] = 0.0, (None, None)
+
+    def value_and_gradient(raw):
+        nonlocal data
+        (value, near), gradient = _value_and_gradient(spec, data, jnp.asarray(raw))
+        if np.isfinite(gradient).all():
+            data = near
+        return float(value), np.asarray(gradient)
+
+    found = scipy.optimize.minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    step = 1e-3
+    columns = []
+    for i in range(n):
+        shift = np.eye(n)[i] * step
+        columns.append((value_and_gradient(found.x + shift)[1] - value_and_gradient(found.x - shift)[1]) / (2 * step))
+    hessian = np.stack(columns)
+    values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+    covariance = (vectors / np.clip(values, 0.05, None)[None, :]) @ vectors.T
+    return found.x, covariance, float(np.abs(found.jac).max()), data
+
+
+def _importance(spec: Spec, data, mode, covariance, draws, seed):
+    """Weighted draws of psi from a t proposal, refitted to its own draws; Pareto k of the last weights."""
+    rng = np.random.default_rng(seed)
+    chunks = max(-(-draws // _CHUNK), 4)
+    # A proposal of a closed form is cheap: refit twice and weigh twice as many.
+    for count in (chunks, chunks, 2 * chunks) if isinstance(data, conditional.Moments) else (chunks // 2, chunks):
+        size = count * _CHUNK
+        chol = np.linalg.cholesky(covariance)
+        noise = rng.standard_normal((size, len(mode)))
+        stretch = np.sqrt(_DEGREES / rng.chisquare(_DEGREES, size))
+        raw = mode[None, :] + stretch[:, None] * noise @ chol.T
+        squares = (noise**2).sum(1) * stretch**2
+        log_proposal = -0.5 * (_DEGREES + len(mode)) * np.log1p(squares / _DEGREES)
+        values = [_log_posteriors(spec, data, jnp.asarray(chunk)) for chunk in raw.reshape(-1, _CHUNK, len(mode))]
+        log_weight = np.concatenate(values) - log_proposal
+        weights = np.exp(log_weight - log_weight.max())
+        weights /= weights.sum()
+        if 1 / np.sum(weights**2) > 4 * len(mode):  # enough to refit the proposal
+            mode = weights @ raw
+            centred = raw - mode[None, :]
+            covariance = (centred * weights[:, None]).T @ centred + 1e-8 * np.eye(len(mode))
+    return raw, weights, pareto_k(log_weight)
+
+
+def _resample(weights, draws: int, seed: int) -> np.ndarray:
+    """Indices (draws,) in proportion to the weights, with the least noise that allows (systematic), in random order."""
+    rng = np.random.default_rng([seed, 1])
+    points = (rng.uniform() + np.arange(draws)) / draws
+    pick = np.searchsorted(np.cumsum(weights), points).clip(max=len(weights) - 1)
+    return rng.permutation(pick)

@@ -1,0 +1,15 @@
+"""Every knob of the project: nested frozen dataclasses, one file a layer.
+
+A knob exists in one place, with one comment saying why it is there. Presets
+(`experiments/presets/`) are functions that return a complete `Run`.
+"""
+
+from deconfound_jax.config.align import Dpo, Joint, Sft
+from deconfound_jax.config.causal import Causal
+from deconfound_jax.config.logs import LogsSource, Split
+from deconfound_jax.config.models import Decoder, Features
+from deconfound_jax.config.report import Report
+from deconfound_jax.config.run import Run
+from deconfound_jax.config.simulate import Newsroom
+
+__all__ = ["Causal", "Decoder", "Dpo", "Features", "Joint", "LogsSource", "Newsroom", "Report", "Run", "Sft", "Split"]

@@ -1,0 +1,20 @@
+"""The causal layer's knobs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal:
+    """Design, fit and form of the reward."""
+
+    design: str = ""  # e.g. "category(week) + endogenous(popularity ~ z)"; see Design.parse
+    family: Literal["normal", "binomial"] = "normal"
+    response: Literal["identity", "empirical_logit"] = "identity"  # empirical_logit: counts under the normal family, closed form
+    fit: Literal["auto", "exact", "laplace", "nuts", "svi"] = "auto"  # auto: exact where the design is Gaussian, else laplace
+    draws: int = 512  # posterior draws kept
+    gamma_sd: float = 1.0  # prior sd of the endogenous coefficient, in sd of y per sd of p
+    control_sd: float = 1.0  # prior sd of c0, the control function's coefficient
+    seed: int = 0  # of draws and samplers

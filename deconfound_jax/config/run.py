@@ -1,0 +1,33 @@
+"""A whole run: what `config.json` records."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from deconfound_jax.config.align import Dpo, Joint, Sft
+from deconfound_jax.config.causal import Causal
+from deconfound_jax.config.logs import LogsSource
+from deconfound_jax.config.models import Decoder, Features
+from deconfound_jax.config.report import Report
+from deconfound_jax.config.simulate import Newsroom
+from deconfound_jax.structs import Roles
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One complete configuration; a preset returns one of these."""
+
+    name: str = "newsroom"  # names the study in results.json
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # simulation and training seeds; real logs use the first
+    methods: tuple[str, ...] = ("naive", "covariate", "deconfounded")  # of naive, covariate, deconfounded, joint
+    roles: Roles = Roles()
+    logs: LogsSource = LogsSource()
+    simulation: Newsroom = Newsroom()
+    causal: Causal = Causal()
+    decoder: Decoder = Decoder()
+    features: Features = Features()
+    sft: Sft = Sft()
+    dpo: Dpo = Dpo()
+    joint: Joint = Joint()
+    report: Report = Report()
+    checkpoint_every: int = 50  # steps between checkpoints of a training stage

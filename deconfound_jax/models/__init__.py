@@ -1,0 +1,1 @@
+"""Language models and text encoders: flax.linen modules, their files, and sampling."""

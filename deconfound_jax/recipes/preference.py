@@ -1,0 +1,105 @@
+"""DPO on the posterior of a reward: two-stage (labels from a finished fit) and joint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deconfound_jax.align.groups import GroupBatch, epochs, form_groups, pair_labels
+from deconfound_jax.align.joint import JointBatch, init_causal, joint_step
+from deconfound_jax.align.preference import dpo_objective
+from deconfound_jax.causal.reward import Reward
+from deconfound_jax.causal.terms import Prepared, Rows, Spec
+from deconfound_jax.config import Dpo, Joint
+from deconfound_jax.models.decoder import Decoder
+from deconfound_jax.recipes.reference import text_logprobs
+from deconfound_jax.recipes.stage import Record, Stage
+from deconfound_jax.train.loop import run_stage
+from deconfound_jax.train.step import adamw, init_state, jit_step, make_step
+
+
+def dpo_stage(decoder: Decoder, config: Dpo) -> Stage:
+    """The compiled two-stage step; labels and beta are arguments, so every method and seed shares it."""
+    optimizer = adamw(config.learning_rate, config.steps)
+    return Stage(make_step(dpo_objective(decoder.apply), optimizer), optimizer, config.steps)
+
+
+def joint_stage(decoder: Decoder, spec: Spec, config: Dpo, joint: Joint) -> Stage:
+    """The compiled joint step. Its first `warm_rows / rows` steps move the causal part alone."""
+    optimizer = adamw(config.learning_rate, config.steps)
+    step = jit_step(joint_step(decoder.apply, spec, joint, optimizer, config.weight))
+    return Stage(step, optimizer, config.steps + -(-joint.warm_rows // joint.rows) - 1)
+
+
+def align(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.ndarray, reward: Reward,
+          codes_n: np.ndarray | None, config: Dpo, seed: int, record: Record, evaluators=()) -> Any:  # fmt: skip
+    """Two-stage DPO of `reference` on the joint draws of a reward; returns the policy's parameters.
+
+    Args:
+      tokens_nl: the log's texts.
+      reward: their reward, draws (s, n); tau is the sd of its mean over the log.
+      codes_n: pairs are formed inside equal values; None: across rows.
+      evaluators: see `train.loop.run_stage`.
+    """
+    groups_mg = form_groups(codes_n, len(tokens_nl), config.group_size, seed)
+    label_mp, weight_mp = pair_labels(reward.draws_sn, groups_mg, float(reward.mean.std()), config.weight)
+    reference_n = text_logprobs(decoder, reference, tokens_nl)
+    order = epochs(len(groups_mg), config.groups, seed)
+
+    def batch(i: int) -> GroupBatch:
+        pick = order(i)
+        rows = groups_mg[pick]
+        return GroupBatch(tokens_nl[rows], reference_n[rows], label_mp[pick], weight_mp[pick].astype(np.float32))
+
+    state = init_state(reference, stage.optimizer)
+    return _run(stage, state, config, batch, seed, record, evaluators).params
+
+
+def align_jointly(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.ndarray, prepared: Prepared,
+                  codes_n: np.ndarray | None, config: Dpo, joint: Joint, seed: int, record: Record,
+                  evaluators=()) -> Any:  # fmt: skip
+    """Joint training: the log's rows stream through the causal part while the policy learns from it.
+
+    Raises:
+      ValueError: rows of the log were summed (counts), which the joint step does not stream yet.
+    """
+    if len(prepared.rows.outcome_n) != len(tokens_nl):
+        raise ValueError(f"joint: expected one model row a log row, got {len(prepared.rows.outcome_n)} for {len(tokens_nl)}")
+    groups_mg = form_groups(codes_n, len(tokens_nl), config.group_size, seed)
+    reference_n = text_logprobs(decoder, reference, tokens_nl)
+    text = prepared.spec.blocks[0]
+    features_nd = np.asarray(prepared.rows.columns_nq[:, text.start : text.stop], np.float32)
+    group_order, rows_at = epochs(len(groups_mg), config.groups, seed), _row_batches(prepared.rows, joint.rows, seed)
+
+    def batch(i: int) -> JointBatch:
+        groups = groups_mg[group_order(i)]
+        present = (groups >= 0).astype(np.float32)
+        return JointBatch(rows_at(i), tokens_nl[groups], reference_n[groups], features_nd[groups], present)
+
+    state = init_state(reference, stage.optimizer, init_causal(prepared.spec, rows_at(0), joint))
+    return _run(stage, state, config, batch, seed, record, evaluators).params
+
+
+def _run(stage, state, config, batch, seed, record, evaluators):
+    return run_stage(
+        record.name, state, stage.step, {"beta": jnp.float32(config.beta)}, batch, stage.steps, record.workdir,
+        checkpoint_every=record.checkpoint_every, evaluators=evaluators, on_step=record.on_step,
+        key=jax.random.fold_in(jax.random.key(seed), 2),
+    )  # fmt: skip
+
+
+def _row_batches(rows: Rows, size: int, seed: int):
+    """step -> Rows of fixed size; each row comes once, afterwards rows carry weight 0."""
+    n = len(rows.outcome_n)
+    order = np.random.default_rng(seed).permutation(n)
+    single = Rows(*[np.asarray(f, np.int32 if k == "levels_nc" else np.float32) for k, f in zip(Rows._fields, rows, strict=True)])
+
+    def at(i: int) -> Rows:
+        position = np.arange(i * size, (i + 1) * size)
+        piece = single.take(order[np.minimum(position, n - 1)])
+        return piece._replace(weight_n=piece.weight_n * (position < n))
+
+    return at

@@ -1,0 +1,91 @@
+"""SFT: the reference policy, trained on the log's texts and nothing of their outcomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deconfound_jax.align.groups import epochs
+from deconfound_jax.align.logprobs import check_targets, sequence_logprob
+from deconfound_jax.align.losses.likelihood import token_nll
+from deconfound_jax.config import Features, Sft
+from deconfound_jax.models.decoder import Decoder
+from deconfound_jax.models.features import pool
+from deconfound_jax.models.tokenizer import PAD
+from deconfound_jax.recipes.stage import Record, Stage
+from deconfound_jax.train.loop import run_stage
+from deconfound_jax.train.step import adamw, init_state, make_step
+
+_CHUNK = 256  # texts a compiled pass over a log sees; fixed, so one shape is compiled
+
+
+def sft_stage(decoder: Decoder, config: Sft) -> Stage:
+    """The compiled step of maximum likelihood: mean nats per target token."""
+
+    def objective(params, frozen, batch, key):
+        logits_blv, _ = decoder.apply(params, batch)
+        loss_b = token_nll(logits_blv, batch)
+        return loss_b, jnp.ones_like(loss_b), 0.0, {}
+
+    optimizer = adamw(config.learning_rate, config.steps)
+    return Stage(make_step(objective, optimizer), optimizer, config.steps)
+
+
+def train_reference(decoder: Decoder, stage: Stage, tokens_nl: np.ndarray, config: Sft, seed: int, record: Record) -> Any:
+    """Trains a decoder from scratch on texts (n, l); returns its parameters.
+
+    Raises:
+      ValueError: a text without a target token.
+    """
+    check_targets(tokens_nl)
+    key = jax.random.key(seed)
+    params = decoder.init(jax.random.fold_in(key, 0), jnp.asarray(tokens_nl[:1]))
+    order = epochs(len(tokens_nl), config.batch, seed)
+    state = run_stage(
+        record.name, init_state(params, stage.optimizer), stage.step, (), lambda i: tokens_nl[order(i)], stage.steps,
+        record.workdir, checkpoint_every=record.checkpoint_every, key=jax.random.fold_in(key, 1), on_step=record.on_step,
+    )  # fmt: skip
+    return state.params
+
+
+def text_logprobs(decoder: Decoder, params: Any, tokens_nl: np.ndarray) -> np.ndarray:
+    """Log-probability of each text (n,), in nats."""
+    return _chunks(_logprob, decoder, params, tokens_nl)
+
+
+def decoder_features(decoder: Decoder, params: Any, tokens_nl: np.ndarray, config: Features) -> np.ndarray:
+    """phi(x) = pooled states of the frozen reference, (n, d) float32; see `models.features.pool`.
+
+    Args:
+      config: `states` (input embeddings, last hidden states, or both side by side) and `pooling`.
+    """
+    return _chunks(_pooled, decoder, params, tokens_nl, config.states, config.pooling)
+
+
+def _chunks(function, decoder, params, tokens_nl, *static):
+    found = []
+    for start in range(0, len(tokens_nl), _CHUNK):
+        piece = tokens_nl[start : start + _CHUNK]
+        padded = np.concatenate([piece, np.repeat(piece[:1], _CHUNK - len(piece), axis=0)])
+        found.append(np.asarray(function(decoder, params, padded, *static))[: len(piece)])
+    return np.concatenate(found)
+
+
+def _logprob_of(decoder, params, tokens_bl):
+    return sequence_logprob(decoder.apply, params, tokens_bl)
+
+
+def _pooled_of(decoder, params, tokens_bl, states, pooling):
+    parts = []
+    if states != "hidden":
+        parts.append(decoder.apply(params, tokens_bl, method="embed"))
+    if states != "embeddings":
+        parts.append(decoder.apply(params, tokens_bl)[1])
+    return pool(jnp.concatenate(parts, -1), tokens_bl != PAD, pooling)
+
+
+_logprob = jax.jit(_logprob_of, static_argnums=0)
+_pooled = jax.jit(_pooled_of, static_argnums=(0, 3, 4))

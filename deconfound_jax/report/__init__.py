@@ -1,0 +1,4 @@
+"""The report: one offline HTML page, and its plots.
+
+`page.Page` holds everything the page shows; `page.write` draws it.
+"""

@@ -1,0 +1,101 @@
+"""One update of the parameters as a pure, compiled function.
+
+    step = make_step(objective, optimizer := adamw(3e-3, steps=300))
+    state = init_state(params, optimizer)
+    state, metrics = step(state, frozen, batch, run_key)
+
+An objective is `(params, frozen, batch, key) -> (per_example, weight, penalty, metrics)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from deconfound_jax.align.losses import weighted_mean
+from deconfound_jax.train.mesh import make_mesh, replicate
+
+
+class TrainState(NamedTuple):
+    """What must be carried from step to step: `causal` is any pytree, `step` counts the updates done."""
+
+    params: Any
+    opt_state: Any
+    causal: Any
+    step: jax.Array
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, causal: Any = (), mesh: Mesh | None = None):
+    """The state before the first update, in arrays of its own on `mesh` (default: the first device).
+
+    A fresh state has the types and placement of a restored one, strong-typed and committed: else the step would be
+    compiled differently and a resumed run would not be bit-equal. Its arrays are copies, because the step donates
+    them while the caller may keep `params` as the reference.
+    """
+    state = TrainState(params, optimizer.init(params), causal, jnp.zeros((), jnp.int32))
+    owned = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True), state)
+    return replicate(owned, make_mesh(jax.devices()[:1]) if mesh is None else mesh)
+
+
+def make_step(objective: Callable, optimizer: optax.GradientTransformation) -> Callable:
+    """The compiled step `(state, frozen, batch, key) -> (state, metrics)` of an objective.
+
+        loss = sum_i w_i l_i / sum_i w_i + penalty
+
+    The objective's key is `fold_in(key, state.step)`, so a resumed run draws what an unbroken one draws. Only `state`
+    is donated: it is gone after the call. To the objective's metrics come `loss` and `grad_norm` (before clipping).
+    """
+
+    def step(state: TrainState, frozen, batch, key):
+        key = jax.random.fold_in(key, state.step)
+
+        def loss_of(params):
+            per_example, weight, penalty, metrics = objective(params, frozen, batch, key)
+            return weighted_mean(per_example, weight) + penalty, metrics
+
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {**metrics, "loss": loss, "grad_norm": _norm(grads)}
+        return TrainState(params, opt_state, state.causal, state.step + 1), metrics
+
+    return jit_step(step)
+
+
+def jit_step(step: Callable) -> Callable:
+    """Compiles a step `(state, frozen, batch, key) -> (state, metrics)`, its state updated in place."""
+    return jax.jit(step, donate_argnums=0)
+
+
+def adamw(learning_rate: float, steps: int, warmup_share: float = 0.1) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global gradient norm at 1, with `schedule` as its rate.
+
+    Source: Loshchilov & Hutter 2019 (1711.05101).
+    """
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule(learning_rate, steps, warmup_share)))
+
+
+def schedule(learning_rate: float, steps: int, warmup_share: float = 0.1) -> optax.Schedule:
+    """Linear warm-up, then cosine to zero; no step is spent at rate zero.
+
+    rate(i) = peak (i + 1) / w                                 for i < w = round(share * steps)
+    rate(i) = peak (1 + cos(pi (i - w) / (steps - w))) / 2     after it
+    """
+    warmup = round(warmup_share * steps)
+
+    def rate(count):
+        rising = (count + 1) / max(warmup, 1)
+        progress = jnp.clip((count - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        return learning_rate * jnp.where(count < warmup, rising, 0.5 * (1 + jnp.cos(jnp.pi * progress)))
+
+    return rate
+
+
+def _norm(tree: Any) -> jax.Array:
+    # optax's own has two names in the versions supported, the older one with a warning.
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))

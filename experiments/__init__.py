@@ -1,0 +1,1 @@
+"""Command lines: thin `main`s over functions that notebooks and tests call, too."""

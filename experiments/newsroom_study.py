@@ -1,0 +1,236 @@
+"""The newsroom study: policies on a simulation whose truth is known, compared at equal KL.
+
+Per seed: simulate, train the reference, fit each method's reward, align a policy on
+each, sample along the way. The truth is read only after training, to judge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from deconfound_jax.align.logprobs import sequence_logprob
+from deconfound_jax.causal.fit import fit_prepared
+from deconfound_jax.causal.posterior import Posterior
+from deconfound_jax.causal.reward import Reward, model_form
+from deconfound_jax.causal.terms import Prepared, prepare
+from deconfound_jax.config import Run
+from deconfound_jax.evaluate import truth
+from deconfound_jax.models import tokenizer
+from deconfound_jax.models.decoder import Decoder
+from deconfound_jax.models.params import save_params
+from deconfound_jax.models.sample import sample
+from deconfound_jax.recipes.preference import align, align_jointly, dpo_stage, joint_stage
+from deconfound_jax.recipes.reference import decoder_features, sft_stage, train_reference
+from deconfound_jax.recipes.stage import Record, Stage
+from deconfound_jax.simulate import newsroom
+from deconfound_jax.structs import Design, Logs
+from deconfound_jax.train.loop import read_metrics
+from experiments import rundir
+
+Curve = list[tuple[float, float]]  # (KL, true share) along a policy's training
+
+
+class Compiled(NamedTuple):
+    """What compiles once and serves every seed and method."""
+
+    decoder: Decoder
+    tokenizer: tokenizer.Tokenizer
+    sft: Stage
+    dpo: Stage
+    draw: Callable  # (params, reference, key) -> tokens, log-probability, reference's log-probability
+
+
+class Seed(NamedTuple):
+    """What one seed leaves behind for tables and report."""
+
+    logs: Logs
+    truth: newsroom.Truth
+    features_nd: np.ndarray
+    prepared: Mapping[str, Prepared]
+    posteriors: Mapping[str, Posterior]
+    rewards: Mapping[str, Reward]
+    curves: Mapping[str, Curve]
+
+
+def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | None = None) -> dict[str, Any]:
+    """Runs all seeds and writes results.json and report.html; returns the results."""
+    simulated = [newsroom.simulate(config.simulation, seed) for seed in config.seeds]
+    workdir = rundir.claim(workdir, config, preset, simulated[0][0].fingerprint)
+    compiled = compile_once(config)
+    compiled.tokenizer.save(workdir / "tokenizer.json")
+    joints: dict[Any, Stage] = {}
+    seeds = [
+        run_seed(config, compiled, joints, seed, logs, known, workdir, on_step)
+        for seed, (logs, known) in zip(config.seeds, simulated, strict=True)
+    ]
+    results = summarise(config, seeds)
+    results[f"run.{config.name}.compilations"] = [compiled.sft.traces(), compiled.dpo.traces(), *[j.traces() for j in joints.values()]]
+    rundir.write_results(workdir, results)
+    _report(config, results, seeds[0], compiled, workdir)
+    return results
+
+
+def compile_once(config: Run) -> Compiled:
+    words = tokenizer.closed(newsroom.vocabulary(config.simulation))
+    decoder = Decoder(config.decoder, words.size)
+
+    @jax.jit
+    def draw(params, reference, key):
+        tokens_nl, logprob_n = sample(decoder, params, key, config.dpo.samples, config.decoder.length)
+        return tokens_nl, logprob_n, sequence_logprob(decoder.apply, reference, tokens_nl)
+
+    return Compiled(decoder, words, sft_stage(decoder, config.sft), dpo_stage(decoder, config.dpo), draw)
+
+
+def designs(config: Run) -> dict[str, Design]:
+    """Each method's causal assumptions: none, the confounders as covariates, the design."""
+    full = Design.parse(config.causal.design, config.causal.family, config.causal.response)
+    known = {"naive": full.without_terms(), "covariate": full.without_instruments(), "deconfounded": full, "joint": full}
+    return {method: known[method] for method in config.methods}
+
+
+def run_seed(config: Run, compiled: Compiled, joints: dict, seed: int, logs: Logs, known: newsroom.Truth,
+             workdir: epath.Path, on_step) -> Seed:  # fmt: skip
+    """Reference, fits and policies of one seed."""
+    c, causal = compiled, dataclasses.replace(config.causal, seed=seed)
+    tokens_nl = c.tokenizer.encode(logs.text, config.decoder.length)
+    reference = train_reference(c.decoder, c.sft, tokens_nl, config.sft, seed,
+                                Record(workdir, f"seed{seed}-sft", config.checkpoint_every, on_step))  # fmt: skip
+    features_nd = decoder_features(c.decoder, reference, tokens_nl, config.features)
+    sample_key = jax.random.key(10_000 + seed)
+    base_f = newsroom.true_reward(c.tokenizer.decode(np.asarray(c.draw(reference, reference, sample_key)[0])))
+
+    def judge(state, step):
+        tokens, own, ref = (np.asarray(a) for a in c.draw(state.params, reference, jax.random.fold_in(sample_key, 1)))
+        texts = c.tokenizer.decode(tokens)
+        share = truth.true_share(newsroom.true_reward(texts), base_f)
+        off = float(np.mean([newsroom.parse(text) is None for text in texts]))
+        mean, error = truth.kl(own, ref)
+        return {"kl": mean, "kl_error": error, "true_share": share, "off_grammar": off}
+
+    prepared, posteriors, rewards, policies = {}, {}, {}, {"sft": reference}
+    for method, design in designs(config).items():
+        prepared[method] = prepare(logs, features_nd, design, causal)
+        record = Record(workdir, f"seed{seed}-{method}", config.checkpoint_every, on_step)
+        posteriors[method] = _fit(prepared[method], design, causal, workdir / "posterior" / f"seed{seed}-{method}.npz")
+        rewards[method] = model_form(posteriors[method], features_nd)
+        common = (logs.codes(logs.roles.pair_within), config.dpo)
+        watch = [(config.dpo.evaluate_every, judge)]
+        if method == "joint":
+            spec = prepared[method].spec
+            stage = joints.setdefault(spec, joint_stage(c.decoder, spec, config.dpo, config.joint))
+            policies[method] = align_jointly(c.decoder, stage, reference, tokens_nl, prepared[method], *common,
+                                             config.joint, seed, record, watch)  # fmt: skip
+        else:
+            policies[method] = align(c.decoder, c.dpo, reference, tokens_nl, rewards[method], *common, seed, record, watch)
+    if seed == config.seeds[0]:
+        save_run(workdir, policies, posteriors, features_nd)
+    curves = {m: _curve(workdir, f"seed{seed}-{m}") for m in config.methods}
+    return Seed(logs, known, features_nd, prepared, posteriors, rewards, curves)
+
+
+def save_run(workdir: epath.Path, policies: Mapping, posteriors: Mapping[str, Posterior], features_nd: np.ndarray) -> None:
+    """What `deconfound_jax.load` reads: policies, posteriors, the log's features."""
+    if jax.process_index():
+        return
+    for method, params in policies.items():
+        save_params(workdir / "policies" / f"{method}.npz", params)
+    (workdir / "posterior").mkdir(parents=True, exist_ok=True)
+    for method, posterior in posteriors.items():
+        posterior.save(workdir / "posterior" / f"{method}.npz")
+    with (workdir / "log_features.npy").open("wb") as file:
+        np.save(file, features_nd.astype(np.float32))
+
+
+def summarise(config: Run, seeds: list[Seed]) -> dict[str, Any]:
+    """Flat results: shares at the KL that every method of a seed reached, rewards against the truth."""
+    results: dict[str, Any] = {}
+    common = [min(config.dpo.kl, *(max(kl for kl, _ in s.curves[m]) for m in config.methods)) for s in seeds]
+    results[f"policy.{config.name}.tokens.sft.true_share"] = 0.0  # by definition of the share
+    results[f"policy.{config.name}.tokens.sft.kl"] = 0.0
+    for method in config.methods:
+        shares = [truth.at_kl(s.curves[method], kl) for s, kl in zip(seeds, common, strict=True)]
+        _add(results, f"policy.{config.name}.tokens.{method}.true_share", shares)
+        _add(results, f"policy.{config.name}.tokens.{method}.kl", common)
+        _add(results, f"policy.{config.name}.tokens.{method}.final_true_share", [s.curves[method][-1][1] for s in seeds])
+        _add(results, f"policy.{config.name}.tokens.{method}.final_kl", [s.curves[method][-1][0] for s in seeds])
+        rewards = [(s.rewards[method].mean, s) for s in seeds]
+        _add(results, f"reward.{config.name}.tokens.{method}.truth_correlation",
+             [float(np.corrcoef(r, s.truth.reward_n)[0, 1]) for r, s in rewards])  # fmt: skip
+        _add(results, f"reward.{config.name}.tokens.{method}.confounder_correlation",
+             [float(abs(np.corrcoef(r, s.logs.columns["popularity"])[0, 1])) for r, s in rewards])  # fmt: skip
+        results[f"reward.{config.name}.tokens.{method}.status"] = [s.posteriors[method].status for s in seeds]
+    best = config.methods[-1]
+    for rival in config.methods[:-1]:
+        mine, other = (results[f"policy.{config.name}.tokens.{m}.true_share.seeds"] for m in (best, rival))
+        results[f"policy.{config.name}.tokens.{best}.wins_over_{rival}"] = sum(a > b for a, b in zip(mine, other, strict=True))
+    r2 = truth.probe_r2(seeds[0].features_nd, seeds[0].truth.attributes_nk, seed=0)
+    results[f"features.{config.name}.tokens.probe_r2"] = [float(v) for v in r2]
+    return results
+
+
+def tables(config: Run, results: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """The mean row of each policy, and a row a seed."""
+    key = f"policy.{config.name}.tokens"
+    overall = [{"policy": "sft", "true share": 0.0, "KL": 0.0}]
+    for m in config.methods:
+        overall.append({
+            "policy": m, "true share": results[f"{key}.{m}.true_share"], "KL": results[f"{key}.{m}.kl"],
+            "reward-truth correlation": results[f"reward.{config.name}.tokens.{m}.truth_correlation"],
+            "reward-popularity correlation": results[f"reward.{config.name}.tokens.{m}.confounder_correlation"],
+        })  # fmt: skip
+    by_seed = []
+    for i, seed in enumerate(config.seeds):
+        row = {"seed": seed, "KL": results[f"{key}.{config.methods[0]}.kl.seeds"][i]}
+        by_seed.append(row | {m: results[f"{key}.{m}.true_share.seeds"][i] for m in config.methods})
+    return [overall, by_seed]
+
+
+def verdict(config: Run, results: Mapping[str, Any]) -> str:
+    """Who won, in how many seeds, and what did not converge."""
+    key, best, n = f"policy.{config.name}.tokens", config.methods[-1], len(config.seeds)
+    pieces = [f"{best} beats {r} in {results[f'{key}.{best}.wins_over_{r}']} of {n} seeds" for r in config.methods[:-1]]
+    sentence = "At equal KL the policy " + " and ".join(pieces) + "." if pieces else ""
+    weak = [m for m in config.methods if "not converged" in results[f"reward.{config.name}.tokens.{m}.status"]]
+    return sentence + (f" Not converged in some seeds: {', '.join(weak)}." if weak else "")
+
+
+def _fit(prepared: Prepared, design: Design, causal, path: epath.Path) -> Posterior:
+    """Fits, or reads what a killed run had fitted."""
+    if path.exists():
+        return Posterior.load(path)
+    posterior = fit_prepared(prepared, design, causal)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    posterior.save(path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)  # a kill while writing leaves no half file under the name
+    return posterior
+
+
+def _curve(workdir: epath.Path, name: str) -> Curve:
+    rows = [row for row in read_metrics(workdir, name) if row.get("eval")]
+    return [(row["kl"], row["true_share"]) for row in rows]
+
+
+def _add(results: dict, key: str, values: list[float]) -> None:
+    results[key], results[f"{key}.seeds"] = float(np.mean(values)), [float(v) for v in values]
+    if len(values) > 1:
+        results[f"{key}.low"], results[f"{key}.high"] = float(np.min(values)), float(np.max(values))
+
+
+def _report(config: Run, results: Mapping[str, Any], first: Seed, compiled: Compiled, workdir: epath.Path) -> None:
+    from experiments import pages  # jinja2 and matplotlib: an accelerator image may have neither
+
+    samples = {}
+    for method in ("sft", *config.methods):
+        from deconfound_jax.models.params import load_params
+
+        params = load_params(workdir / "policies" / f"{method}.npz")
+        tokens = compiled.draw(params, params, jax.random.key(0))[0]
+        samples[method] = compiled.tokenizer.decode(np.asarray(tokens)[: config.report.n_examples])
+    pages.newsroom_page(config, results, first, samples, tables(config, results), verdict(config, results), workdir)

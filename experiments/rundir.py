@@ -1,0 +1,86 @@
+"""The run directory: what a run is, on disk, and whether a command may go on with one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+
+from deconfound_jax.config import Run
+from deconfound_jax.structs import dump_json
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpyro", "chex", "einops", "numpy", "scipy")
+
+
+def claim(workdir: epath.PathLike, config: Run, preset: Run | None, fingerprint: str) -> epath.Path:
+    """Makes the directory and writes config.json, or checks that the run in it is this one.
+
+    Raises:
+      ValueError: the directory holds a run with another config or other data; every
+        differing field is named.
+    """
+    workdir = epath.Path(workdir)
+    path = workdir / "config.json"
+    resolved = json.loads(json.dumps(dataclasses.asdict(config)))
+    if path.exists():
+        stored = json.loads(path.read_text())
+        changed = [f"{k}: {a!r} there, {b!r} asked for" for k, (a, b) in difference(stored["config"], resolved).items()]
+        if stored["data"] != fingerprint:
+            changed.append(f"data: fingerprint {stored['data']} there, {fingerprint} asked for")
+        if changed:
+            raise ValueError(f"{workdir} holds another run; take another --workdir, or restore: " + "; ".join(changed))
+        return workdir
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        preset_json = json.loads(json.dumps(dataclasses.asdict(preset))) if preset else resolved
+        changed = {name: new for name, (_, new) in difference(preset_json, resolved).items()}
+        path.write_text(dump_json({"config": resolved, "changed_from_preset": changed, "data": fingerprint}))
+    return workdir
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the leaves in which two nested configs differ, with both values."""
+    found = {}
+    for name in sorted(set(old) | set(new)):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= difference(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found[prefix + name] = (a, b)
+    return found
+
+
+def write_results(workdir: epath.Path, results: Mapping[str, Any]) -> None:
+    """results.json: one flat object, keys `<study>.<log>.<features>.<method>.<metric>`."""
+    if jax.process_index() == 0:
+        (workdir / "results.json").write_text(dump_json(results))
+
+
+def provenance() -> dict[str, Any]:
+    """Command, machine and versions that a published number carries."""
+    command = "python -m " + " ".join(["experiments." + epath.Path(sys.argv[0]).stem, *sys.argv[1:]])
+    versions = {"python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in _PACKAGES}
+    device = jax.devices()[0]
+    machine = f"{platform.machine()}, {jax.device_count()} x {device.device_kind} ({device.platform})"
+    return {"command": command, "machine": machine, "versions": versions}
+
+
+def record(workdir: epath.Path, script: str, config: Run, table: str) -> epath.Path:
+    """Copies results with their provenance to docs/results/<script>/<study>.{json,md}: a published number."""
+    folder = epath.Path("docs/results") / script
+    folder.mkdir(parents=True, exist_ok=True)
+    made = provenance() | {"seeds": list(config.seeds)}
+    results = json.loads((workdir / "results.json").read_text())
+    (folder / f"{config.name}.json").write_text(dump_json({"provenance": made, "results": results}))
+    lines = [f"# {config.name}", "", f"    {made['command']}", "", table, "", f"Machine: {made['machine']}.", ""]
+    lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in made["versions"].items()) + ".")
+    (folder / f"{config.name}.md").write_text("\n".join(lines) + "\n")
+    return folder

@@ -1,0 +1,299 @@
+"""The step, the loop, checkpoints: one trace, and a killed run that ends as an unbroken one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from deconfound_jax.train import checkpoint
+from deconfound_jax.train.loop import read_metrics, run_stage
+from deconfound_jax.train.step import TrainState, adamw, init_state, jit_step, make_step, schedule
+
+# A stage as a program. `hang` stops it for ever before update 13, with rows beyond its last checkpoint written.
+PROGRAM = """
+import hashlib, sys, time
+import jax, numpy as np
+from deconfound_jax import config
+from deconfound_jax.align.losses.likelihood import token_nll
+from deconfound_jax.models.decoder import Decoder
+from deconfound_jax.train.loop import run_stage
+from deconfound_jax.train.step import adamw, init_state, make_step
+
+workdir, hang = sys.argv[1], sys.argv[2] == "hang"
+decoder = Decoder(config.Decoder(width=8, layers=1, heads=2, length=6), 12)
+
+def objective(params, frozen, batch, key):
+    logits, _ = decoder.apply(params, batch)
+    noise = 1 + 0.1 * jax.random.normal(key, batch.shape[:1])
+    return noise * token_nll(logits, batch), frozen["weight"], 0.0, {"noise": noise.mean()}
+
+def batches(i):
+    if hang and i == 12:
+        time.sleep(600)
+    return np.random.default_rng(i).integers(1, 12, (4, 6)).astype(np.int32)
+
+def evaluator(state, done):
+    return {"size": sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(state.params))}
+
+params = jax.jit(decoder.init)(jax.random.key(0), batches(0))
+step = make_step(objective, optimizer := adamw(0.01, 20))
+state = init_state(params, optimizer, causal={"seen": np.float32(1)})
+state = run_stage("first", state, step, {"weight": np.ones(4, np.float32)}, batches, 20, workdir,
+                  checkpoint_every=5, evaluators=[(3, evaluator)], key=jax.random.key(7))
+leaves = jax.tree.leaves(state)
+print(hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest())
+"""
+
+
+def program(workdir, mode):
+    command = [sys.executable, "-W", "error", "-c", PROGRAM, str(workdir), mode]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out.strip(), err
+
+
+def rows_of(workdir, name=None):
+    return [{k: v for k, v in row.items() if k != "clock"} for row in read_metrics(workdir, name)]
+
+
+def checkpoint_steps(folder):
+    return sorted(int(path.name) for path in folder.iterdir())
+
+
+# A regression small enough to compile in no time.
+def objective(params, frozen, batch, key):
+    x_bd, y_b = batch
+    error_b = x_bd @ params["w"] - y_b
+    return error_b**2, frozen, 0.01 * (params["w"] ** 2).sum(), {"draw": jax.random.uniform(key)}
+
+
+def batches(i):
+    x_bd = np.random.default_rng(i).normal(size=(4, 3)).astype(np.float32)
+    return x_bd, x_bd @ np.array([1.0, -2.0, 0.5], np.float32)
+
+
+def fresh(steps=6, mesh=None):
+    optimizer = adamw(0.1, steps)
+    state = init_state({"w": jnp.zeros(3)}, optimizer, causal={"n": 2.0, "empty": ()}, mesh=mesh)
+    return state, make_step(objective, optimizer), np.ones(4, np.float32)
+
+
+def train(workdir, name="fit", steps=6, every=2, of=batches, **more):
+    state, step, frozen = fresh(steps)
+    key = jax.random.key(1)
+    return run_stage(name, state, step, frozen, of, steps, workdir, checkpoint_every=every, key=key, **more)
+
+
+def test_killed_and_resumed_equals_unbroken(tmp_path):
+    unbroken = program(tmp_path / "unbroken", "run")
+    killed = program(tmp_path / "killed", "hang")
+    expected, noise = finish(unbroken)
+    assert not noise, "orbax and jax are to be quiet"
+
+    log, stop = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 200
+    while not (log.exists() and '"step": 12, "eval"' in log.read_text()):
+        assert killed.poll() is None and time.monotonic() < stop, killed.stderr.read()
+        time.sleep(0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert checkpoint_steps(tmp_path / "killed" / "checkpoints" / "first") == [5, 10]
+    with open(log, "a") as file:
+        file.write('{"name": "first", "st')  # and the write that was under way
+
+    found, _ = finish(program(tmp_path / "killed", "run"))
+    assert found == expected
+    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "unbroken")
+    rows = rows_of(tmp_path / "unbroken", "first")
+    assert [row["step"] for row in rows if "eval" not in row] == list(range(1, 21))
+    assert [row["step"] for row in rows if "eval" in row] == [0, 3, 6, 9, 12, 15, 18, 20]
+
+
+def test_two_devices_are_one(tmp_path):
+    code = """
+import jax, numpy as np, sys
+sys.path.insert(0, sys.argv[1])
+from test_train import batches, fresh
+from deconfound_jax.train.mesh import make_mesh, shard_batch
+mesh = make_mesh()
+assert mesh.shape == {"data": 2} and shard_batch(1.0, mesh).sharding.is_fully_replicated
+state, step, frozen = fresh(mesh=mesh)
+for i in range(3):
+    state, metrics = step(state, *shard_batch((frozen, batches(i)), mesh), jax.random.key(1))
+assert len(state.params["w"].sharding.device_set) == 2 and step._cache_size() == 1, step._cache_size()
+print(state.params["w"].tolist())
+try:
+    shard_batch({"x": np.ones((3, 2))}, mesh)
+except ValueError as error:
+    assert "batch['x']: expected a multiple of 2 rows" in str(error), error
+else:
+    raise SystemExit("three rows on two devices")
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", code, os.path.dirname(__file__)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    state, step, frozen = fresh()
+    for i in range(3):
+        state, _ = step(state, frozen, batches(i), jax.random.key(1))
+    np.testing.assert_allclose(json.loads(run.stdout), state.params["w"], rtol=1e-5)
+
+
+def test_one_trace_and_one_compilation_a_stage(tmp_path):
+    chex.clear_trace_counter()
+    optimizer = adamw(0.1, 6)
+    step = make_step(chex.assert_max_traces(objective, n=1), optimizer)
+    state, asked = init_state({"w": jnp.zeros(3)}, optimizer), []
+    stage = ("fit", state, step, np.ones(4, np.float32), lambda i: asked.append(i) or batches(i), 6, tmp_path)
+    run_stage(*stage, checkpoint_every=2, key=jax.random.key(1))
+    assert step._cache_size() == 1
+    assert asked == list(range(6)), "update i sees batch i"
+
+
+def test_a_resumed_state_needs_no_second_compilation(tmp_path):
+    state, step, frozen = fresh()
+    state, _ = step(state, frozen, batches(0), jax.random.key(1))
+    checkpoint.save(tmp_path, 1, state)
+    like, _, _ = fresh()
+    restored, done = checkpoint.restore_latest(tmp_path, like)
+    chex.assert_trees_all_equal(restored, state)
+    assert done == 1 and isinstance(restored, TrainState) and restored.causal["empty"] == ()
+    for leaf in jax.tree.leaves(restored):
+        assert leaf.committed and not leaf.weak_type
+    step(restored, frozen, batches(1), jax.random.key(1))
+    assert step._cache_size() == 1
+
+
+def test_the_fresh_state_owns_strong_committed_arrays():
+    params = {"w": jnp.zeros(3), "scale": jnp.asarray(1.0)}
+    optimizer = optax.sgd(0.1)
+    state = init_state(params, optimizer, causal=3.0)
+    for leaf in jax.tree.leaves(state):
+        assert leaf.committed and not leaf.weak_type
+    jit_step(lambda state, frozen, batch, key: (state._replace(step=state.step + 1), {}))(state, (), (), 0)
+    assert state.params["w"].is_deleted(), "the state is donated"
+    np.testing.assert_array_equal(params["w"], np.zeros(3))
+
+
+def test_the_loss_is_the_weighted_mean_and_the_penalty():
+    state, step, _ = fresh()
+    weight = np.array([1.0, 0.0, 3.0, 1.0], np.float32)
+    (x, y), w = batches(0), np.array([1.0, 2.0, 3.0])
+    state = state._replace(params={"w": jnp.asarray(w, jnp.float32)})
+    _, metrics = step(state, weight, (x, y), jax.random.key(1))
+    error = x @ w - y
+    gradient = 2 * (weight * error) @ x / 5 + 0.02 * w
+    np.testing.assert_allclose(metrics["loss"], (weight * error**2).sum() / 5 + 0.14, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-5)
+
+
+def test_every_step_draws_from_its_own_key(tmp_path):
+    train(tmp_path)
+    draws = [row["draw"] for row in read_metrics(tmp_path, "fit")]
+    expected = [float(jax.random.uniform(jax.random.fold_in(jax.random.key(1), i))) for i in range(6)]
+    assert draws == expected and len(set(draws)) == 6
+
+
+def test_it_learns(tmp_path):
+    state = train(tmp_path, steps=200, every=100)
+    np.testing.assert_allclose(state.params["w"], [1.0, -2.0, 0.5], atol=0.05)
+
+
+def test_rates():
+    rate = schedule(2.0, 20)
+    np.testing.assert_allclose([rate(0), rate(1), rate(2), rate(11), rate(20), rate(99)], [1, 2, 2, 1, 0, 0], atol=1e-6)
+    assert all(rate(i) > 0 for i in range(20))
+    assert schedule(2.0, 1)(0) == 2.0
+
+
+def test_a_finished_stage_trains_nothing(tmp_path):
+    first = train(tmp_path)
+    train(tmp_path, "second")
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def forbidden(*_):
+        raise AssertionError("a finished stage took a step")
+
+    like, _, _ = fresh()
+    again = run_stage("fit", like, forbidden, (), forbidden, 6, tmp_path, checkpoint_every=2, key=None)
+    chex.assert_trees_all_equal(again, first)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+    with pytest.raises(ValueError, match=r"'fit': expected steps of at least 6 \(6 are done\), got 5"):
+        train(tmp_path, steps=5)
+
+
+def test_an_undone_stage_takes_its_successors_rows_along(tmp_path):
+    train(tmp_path, "before")
+    whole = train(tmp_path)
+    rows = rows_of(tmp_path)
+    train(tmp_path, "after")
+    for step in checkpoint_steps(tmp_path / "checkpoints" / "fit")[1:]:
+        (tmp_path / "checkpoints" / "fit" / str(step)).rename(tmp_path / f"gone{step}")
+    resumed = train(tmp_path)
+    assert rows_of(tmp_path) == rows
+    chex.assert_trees_all_equal(resumed, whole)
+
+
+def test_a_stage_without_checkpoint_starts_its_rows_anew(tmp_path):
+    def broken(i):
+        if i == 3:
+            raise RuntimeError("power cut")
+        return batches(i)
+
+    evaluators = [(1, lambda state, done: {"w": state.params["w"]})]
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path, every=5, of=broken, evaluators=evaluators)
+    assert len(rows_of(tmp_path)) == 7
+    train(tmp_path, evaluators=evaluators)
+    assert [row["step"] for row in rows_of(tmp_path)] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+
+
+def test_the_newest_two_checkpoints_are_kept(tmp_path):
+    train(tmp_path, steps=9, every=2)
+    assert checkpoint_steps(tmp_path / "checkpoints" / "fit") == [8, 9]
+
+
+def test_a_half_written_checkpoint_is_not_read(tmp_path):
+    train(tmp_path)
+    (tmp_path / "checkpoints" / "fit" / "7.orbax-checkpoint-tmp").mkdir()
+    assert checkpoint.restore_latest(tmp_path / "checkpoints" / "fit", fresh()[0])[1] == 6
+
+
+def test_checkpoints_of_another_shape_or_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.restore_latest("nothing", fresh()[0]) is None
+    checkpoint.save("here/first", 3, fresh()[0])
+    state, done = checkpoint.restore_latest("here/first", fresh()[0])
+    assert done == 3
+    other = init_state({"w": jnp.zeros(4)}, adamw(0.1, 6), causal={"n": 2.0, "empty": ()})
+    with pytest.raises(ValueError, match=r"opt_state.1.0.mu.w: expected float32\[4\], got float32\[3\]"):
+        checkpoint.restore_latest("here/first", other)
+    with pytest.raises(ValueError, match=r"causal.n: expected nothing, got float32\[\]"):
+        checkpoint.restore_latest("here/first", state._replace(causal=()))
+
+
+def test_progress_and_rows(tmp_path):
+    seen = []
+    train(tmp_path, steps=5, on_step=lambda *call: seen.append(call))
+    assert [call[:3] for call in seen] == [("fit", i, 5) for i in range(1, 6)]
+    assert seen[0][3] == {} and seen[2][3]["loss"] == read_metrics(tmp_path)[1]["loss"]
+    for row in read_metrics(tmp_path):
+        assert list(row)[:2] == ["name", "step"] and list(row)[-1] == "clock"
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path):
+    train(tmp_path, evaluators=[(6, lambda state, done: {"score": jnp.nan, "pair": np.array([1.0, np.inf])})])
+    row = read_metrics(tmp_path)[0]
+    assert row["eval"] is True and row["score"] is None and row["pair"] == [1.0, None]
