@@ -52,7 +52,7 @@ def test_collapsed_likelihood_is_the_dense_normal_density(spec):
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_mean_is_generalised_ridge(spec):
     solution = conditional.solve(spec, conditional.moments(spec, _rows(spec)), _psi(spec))
-    found = conditional.sites(spec, solution, solution.mean_d, jnp.zeros_like(solution.level_linear_cm))
+    found = _mean_sites(spec, solution)
     precision, mean = _ridge(_dense(spec))
     for name, span in _dense(spec).spans.items():
         np.testing.assert_allclose(np.ravel(found[name]), mean[span], atol=1e-9, err_msg=name)
@@ -63,7 +63,7 @@ def test_mean_is_generalised_ridge(spec):
         np.testing.assert_allclose(sd, np.sqrt(np.diag(cov)[span]), rtol=0.06, err_msg=name)
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS.values() if not s.orthogonal], ids=[s for s in SPECS if "orth" not in s])
+@pytest.mark.parametrize("spec", list(SPECS.values())[:4], ids=list(SPECS)[:4])
 def test_model_and_algebra_are_one_model(spec):
     """log p(y, theta | psi) - log p(theta | y, psi) = log p(y | psi) at any theta."""
     rows, dense, psi = _rows(spec), _dense(spec), _psi(spec)
@@ -89,6 +89,20 @@ def test_model_and_algebra_are_one_model(spec):
         np.testing.assert_allclose(joint - posterior, expected, rtol=1e-9)
 
 
+def test_log_prior_is_that_of_half_normals_on_the_log_scale():
+    spec, rng = SPECS["instruments"], np.random.default_rng(0)
+    one, two = rng.normal(size=(2, len(conditional.layout(spec).names)))
+
+    def by_hand(raw):
+        scales = scipy.stats.halfnorm.logpdf(np.exp(raw[:-1])) + raw[:-1]  # the Jacobian of exp
+        return scales.sum() + scipy.stats.norm.logpdf(raw[-1], 0, spec.control_sd)
+
+    found = conditional.log_prior(spec, jnp.asarray(one)) - conditional.log_prior(spec, jnp.asarray(two))
+    np.testing.assert_allclose(found, by_hand(one) - by_hand(two))
+    psi = conditional.constrain(spec, jnp.asarray(one))
+    np.testing.assert_allclose([psi["sigma"], psi["control"]], [np.exp(one[1]), one[-1]])
+
+
 def test_moments_of_two_halves_add_up():
     spec = SPECS["instruments and levels"]
     rows = _rows(spec)
@@ -101,12 +115,13 @@ def test_absorbed_levels_equal_one_hot_columns():
     spec = SPECS["instruments and levels"]._replace(levels=(WEEK,))
     rows = _rows(spec)
     columns = np.concatenate([rows.columns_nq[:, :4], np.eye(6)[rows.levels_nc[:, 0]], rows.columns_nq[:, 4:]], 1)
-    hot = spec._replace(blocks=(TEXT, HOUR, Block("week", 4, 10)), levels=(), instruments=Block("instruments", 10, 12, 1.0))
+    hot = spec._replace(blocks=(TEXT, HOUR, Block("week", 4, 10)), levels=())
+    hot = hot._replace(instruments=Block("instruments", 10, 12, 1.0))
     psi = _psi(spec)
     one = conditional.solve(spec, conditional.moments(spec, rows), psi)
     two = conditional.solve(hot, conditional.moments(hot, rows._replace(columns_nq=columns)), psi)
     np.testing.assert_allclose(one.log_likelihood, two.log_likelihood, rtol=1e-10)
-    found, expected = (conditional.sites(s, v, v.mean_d, jnp.zeros_like(v.level_linear_cm)) for s, v in ((spec, one), (hot, two)))
+    found, expected = _mean_sites(spec, one), _mean_sites(hot, two)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-10, err_msg=name)
 
@@ -115,7 +130,7 @@ def test_newton_finds_the_mode_and_its_gradient_is_right():
     spec = Spec("binomial", (TEXT,), (WEEK,), None)
     rng = np.random.default_rng(0)
     rows = _rows(spec)._replace(outcome_n=rng.binomial(30, 0.1, 24) * 1.0, exposure_n=np.full(24, 30.0), offset=-2.0)
-    raw = jnp.log(jnp.asarray([0.5, 0.8]))
+    rows, raw = jax.tree.map(jnp.asarray, rows), jnp.log(jnp.asarray([0.5, 0.8]))
     hot = np.concatenate([np.ones((24, 1)), rows.columns_nq[:, :3], np.eye(6)[rows.levels_nc[:, 0]]], 1)
     prior = np.asarray([1.0] + [0.5**-2] * 3 + [0.8**-2] * 6)
 
@@ -128,7 +143,7 @@ def test_newton_finds_the_mode_and_its_gradient_is_right():
     eta_n = nested.newton(spec, rows, raw, jnp.zeros(24))
     np.testing.assert_allclose(eta_n, hot @ theta, atol=1e-5)
 
-    data = nested.Counts(jax.tree.map(jnp.asarray, rows), jnp.zeros(24), jnp.zeros(()))
+    data = nested.Counts(rows, jnp.zeros(24), jnp.zeros(()))
     (value, _), gradient = nested._value_and_gradient(spec, data, raw)
     rate = scipy.special.expit(rows.offset + hot @ theta)
     hessian = np.diag(prior) + (hot * (rows.weight_n * 30 * rate * (1 - rate))[:, None]).T @ hot
@@ -153,7 +168,8 @@ def test_model_draws_what_it_is_not_given(family):
 
 
 def test_prepare_standardises_with_weights_and_remembers_the_way_back(log_of):
-    logs = log_of({"outcome": np.asarray([1.0, 3.0, 5.0]), "hour": np.asarray([0.0, 1.0, 1.0]), "w": np.asarray([2.0, 1, 1])}, weight="w")
+    columns = {"outcome": [1.0, 3.0, 5.0], "hour": [0.0, 1.0, 1.0], "w": [2.0, 1.0, 1.0]}
+    logs = log_of({name: np.asarray(value) for name, value in columns.items()}, weight="w")
     prepared = prepare(logs, np.asarray([[1.0], [1.0], [5.0]]), Design.parse("hour"))
     assert prepared.scaling["outcome.mean"] == 2.5 and prepared.scaling["features.mean"] == [2.0]
     np.testing.assert_allclose(prepared.scaling["hour.sd"], 0.5)
@@ -229,6 +245,10 @@ def test_empirical_logit_by_hand():
     np.testing.assert_allclose(variance, [2 + 1 / 7.5, 1 / 3.5 + 2])
 
 
+def _mean_sites(spec, solution):
+    return conditional.sites(spec, solution, solution.mean_d, jnp.zeros_like(solution.level_linear_cm))
+
+
 def _psi(spec):
     return {name: jnp.asarray(PSI[name]) for name in conditional.layout(spec).names}
 
@@ -251,7 +271,8 @@ def _dense(spec):
     """The model given psi as target = design theta + noise, both equations stacked, weight 2 as two rows."""
     rows, psi = _rows(spec), PSI
     twice = np.repeat(np.arange(len(rows.weight_n)), rows.weight_n.astype(int))
-    columns, levels, p, y = rows.columns_nq[twice], rows.levels_nc[twice], rows.endogenous_n[twice], rows.outcome_n[twice]
+    columns, levels = rows.columns_nq[twice], rows.levels_nc[twice]
+    p, y = rows.endogenous_n[twice], rows.outcome_n[twice]
 
     def equation(blocks, prefix):
         parts = [(prefix + "intercept", np.ones((len(y), 1)), 1.0)]

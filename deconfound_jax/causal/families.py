@@ -32,7 +32,8 @@ class Binomial:
 
     @staticmethod
     def distribution(eta_n, rows, sigma=None):
-        return dist.Binomial(total_count=rows.exposure_n, logits=rows.offset + eta_n)
+        trials_n = jnp.asarray(rows.exposure_n).astype(int)  # its sampler indexes by them
+        return dist.Binomial(total_count=trials_n, logits=rows.offset + eta_n)
 
     @staticmethod
     def curvature(eta_n, rows):

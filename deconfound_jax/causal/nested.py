@@ -3,9 +3,9 @@
 For the normal family theta | psi is Gaussian, so the only thing left to integrate
 is the collapsed posterior of psi (two to eight scalars). Elsewhere theta | psi is
 replaced by its Laplace approximation, found by Newton steps (as in Rue, Martino
-and Chopin 2009). Either way psi is integrated by importance sampling: a Student-t
-proposal at the mode, refitted to its own weighted draws, with the Pareto k of
-the weights as the convergence check. fp64 inside the call only.
+and Chopin 2009). Either way psi is integrated by importance sampling: a two-sided
+Student-t at the mode (`proposal`), with the Pareto k of the weights as the
+convergence check. fp64 inside the call only.
 
 Wide features are rotated to be orthogonal first, once: then each psi costs a
 factorisation as large as the terms and levels, not as the features.
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
-from deconfound_jax.causal import conditional
+from deconfound_jax.causal import conditional, proposal
 from deconfound_jax.causal.diagnostics import PARETO_LIMIT, pareto_k
 from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.terms import Rows, Spec
@@ -29,7 +29,7 @@ from deconfound_jax.causal.terms import Rows, Spec
 NEWTON_STEPS = 40  # at most; from a near start four are enough
 _NEWTON_TOLERANCE = 1e-8  # of eta, in the link's units
 _CHUNK = 64  # proposals of one compiled call, whatever their number: one compilation
-_DEGREES = 4.0  # of the Student-t proposal: tails heavier than the posterior's
+_GRADIENT = 0.05  # at the mode, per unit of psi: the mode only centres the proposal
 
 
 def fit_nested(spec: Spec, rows: Rows, draws: int, seed: int) -> tuple[dict[str, np.ndarray], dict]:
@@ -200,7 +200,8 @@ def _mode(spec: Spec, data):
             data = near
         return float(value), np.asarray(gradient)
 
-    found = scipy.optimize.minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    found = scipy.optimize.minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", bounds=bounds,
+                                    options={"gtol": _GRADIENT})
     step = 1e-3
     columns = []
     for i in range(n):
@@ -213,27 +214,20 @@ def _mode(spec: Spec, data):
 
 
 def _importance(spec: Spec, data, mode, covariance, draws, seed):
-    """Weighted draws of psi from a t proposal, refitted to its own draws; Pareto k of the last weights."""
-    rng = np.random.default_rng(seed)
-    chunks = max(-(-draws // _CHUNK), 4)
-    # A proposal of a closed form is cheap: refit twice and weigh twice as many.
-    for count in (chunks, chunks, 2 * chunks) if isinstance(data, conditional.Moments) else (chunks // 2, chunks):
-        size = count * _CHUNK
-        chol = np.linalg.cholesky(covariance)
-        noise = rng.standard_normal((size, len(mode)))
-        stretch = np.sqrt(_DEGREES / rng.chisquare(_DEGREES, size))
-        raw = mode[None, :] + stretch[:, None] * noise @ chol.T
-        squares = (noise**2).sum(1) * stretch**2
-        log_proposal = -0.5 * (_DEGREES + len(mode)) * np.log1p(squares / _DEGREES)
-        values = [_log_posteriors(spec, data, jnp.asarray(chunk)) for chunk in raw.reshape(-1, _CHUNK, len(mode))]
-        log_weight = np.concatenate(values) - log_proposal
-        weights = np.exp(log_weight - log_weight.max())
-        weights /= weights.sum()
-        if 1 / np.sum(weights**2) > 4 * len(mode):  # enough to refit the proposal
-            mode = weights @ raw
-            centred = raw - mode[None, :]
-            covariance = (centred * weights[:, None]).T @ centred + 1e-8 * np.eye(len(mode))
-    return raw, weights, pareto_k(log_weight)
+    """Weighted draws of psi from a two-sided t around its mode, and the Pareto k of their weights."""
+
+    def log_density(raw_md):
+        padded = np.concatenate([raw_md, np.repeat(raw_md[:1], -len(raw_md) % _CHUNK, axis=0)])
+        values = [_log_posteriors(spec, data, jnp.asarray(chunk)) for chunk in padded.reshape(-1, _CHUNK, len(mode))]
+        return np.concatenate(values)[: len(raw_md)]
+
+    around = proposal.widened(proposal.at_mode(mode, covariance), log_density)
+    # A proposal of a closed form is cheap: weigh twice as many as are kept.
+    size = max((2 if isinstance(data, conditional.Moments) else 1) * draws, 4 * _CHUNK)
+    raw, log_proposal = proposal.draw(around, size, np.random.default_rng(seed))
+    log_weight = log_density(raw) - log_proposal
+    weights = np.exp(log_weight - log_weight.max())
+    return raw, weights / weights.sum(), pareto_k(log_weight)
 
 
 def _resample(weights, draws: int, seed: int) -> np.ndarray:

@@ -20,7 +20,7 @@ def newsroom() -> Run:
         name="newsroom",
         seeds=(0, 1, 2, 3, 4),
         methods=("naive", "covariate", "deconfounded"),
-        causal=Causal(design="endogenous(popularity ~ z) + category(week) + intercept(article)", draws=256),
+        causal=Causal(design="endogenous(popularity ~ z) + category(week)", draws=256),
         decoder=Decoder(width=72, layers=2, heads=4, vocabulary=200, length=24),
         features=Features(source="tokens", states="embeddings", pooling="sum+length"),
         sft=Sft(steps=300, batch=128, learning_rate=3e-3),
