@@ -62,7 +62,8 @@ def test_laplace_agrees_with_nuts(case):
 def test_svi_agrees_with_nuts_or_says_it_did_not_converge(case, name):
     prepared, design, nuts = case(name)
     svi = fit_prepared(prepared, design, Causal(fit="svi", draws=1000))
-    if svi.converged:
+    if svi.converged or name == "instrument":  # there it must not hide behind its own check
+        assert svi.converged
         _assert_close(svi, nuts, mean=0.4, sd=0.25)
     assert svi.converged == (svi.diagnostics["pareto_k"] <= 0.7)
     assert svi.status == ("converged" if svi.converged else "not converged")

@@ -78,8 +78,8 @@ def test_residual_form_of_a_category_takes_levels_and_means_out(small):
 
 def test_residual_form_of_an_instrumented_design_takes_gamma_and_control_out(small):
     first = {"first.intercept": [0.1, -0.1], "first.text": [[0.2, 0.0], [0.0, 0.3]]}
-    scalars = {"first.instruments": [[0.7], [0.4]], "first.sigma": [0.5, 0.25], "gamma": [1.5, 2.0], "control": [0.3, -0.2]}
-    prepared, _, posterior = small("endogenous(p ~ z)", **first, **scalars)
+    first |= {"first.instruments": [[0.7], [0.4]], "first.sigma": [0.5, 0.25]}
+    prepared, _, posterior = small("endogenous(p ~ z)", **first, gamma=[1.5, 2.0], control=[0.3, -0.2])
     x, z, p = prepared.rows.columns_nq[:, :2], prepared.rows.columns_nq[:, 2], prepared.rows.endogenous_n
     e0 = (p - 0.1 - 0.2 * x[:, 0] - 0.7 * z) / 0.5
     e1 = (p + 0.1 - 0.3 * x[:, 1] - 0.4 * z) / 0.25
@@ -142,8 +142,9 @@ def test_joint_draws_cancel_the_shared_error_of_gamma(entangled):
     np.testing.assert_allclose(gap_s, logs.outcome_n[0] - logs.outcome_n[1])
 
 
-def test_residual_form_states_no_probability():
-    reward = Reward(np.zeros((3, 2)), "residual")
+def test_residual_form_states_no_probability(small):
+    prepared, _, posterior = small("p", p=[[0.5], [2.0]])
+    reward, _ = residual_form(posterior, prepared)
     with pytest.raises(ValueError, match="prefer: draws of the residual form lack y's own noise"):
         reward.prefer(0, 1, tau=1.0)
     assert Reward(np.zeros((3, 2)), "model").prefer(0, 1, tau=1.0) == 0.5

@@ -29,6 +29,7 @@ from deconfound_jax.causal.terms import Rows, Spec
 NEWTON_STEPS = 40  # at most; from a near start four are enough
 _NEWTON_TOLERANCE = 1e-8  # of eta, in the link's units
 _CHUNK = 64  # proposals of one compiled call, whatever their number: one compilation
+_ROUNDS = 4  # of the proposal, at most: it is refitted to its own draws until the weights behave
 _GRADIENT = 0.05  # at the mode, per unit of psi: the mode only centres the proposal
 
 
@@ -221,13 +222,21 @@ def _importance(spec: Spec, data, mode, covariance, draws, seed):
         values = [_log_posteriors(spec, data, jnp.asarray(chunk)) for chunk in padded.reshape(-1, _CHUNK, len(mode))]
         return np.concatenate(values)[: len(raw_md)]
 
-    around = proposal.widened(proposal.at_mode(mode, covariance), log_density)
     # A proposal of a closed form is cheap: weigh twice as many as are kept.
     size = max((2 if isinstance(data, conditional.Moments) else 1) * draws, 4 * _CHUNK)
-    raw, log_proposal = proposal.draw(around, size, np.random.default_rng(seed))
-    log_weight = log_density(raw) - log_proposal
-    weights = np.exp(log_weight - log_weight.max())
-    return raw, weights / weights.sum(), pareto_k(log_weight)
+    rng = np.random.default_rng(seed)
+    for attempt in range(_ROUNDS):
+        around = proposal.widened(proposal.at_mode(mode, covariance), log_density)
+        raw, log_proposal = proposal.draw(around, size, rng)
+        log_weight = log_density(raw) - log_proposal
+        weights = np.exp(log_weight - log_weight.max())
+        weights, k = weights / weights.sum(), pareto_k(log_weight)
+        if attempt and k < PARETO_LIMIT - 0.1:
+            break
+        if 1 / np.sum(weights**2) > 8 * len(mode):  # enough to learn from how psi's parts move together
+            centred = raw - mode[None, :]
+            covariance = (centred * weights[:, None]).T @ centred + 1e-8 * np.eye(len(mode))
+    return raw, weights, k
 
 
 def _resample(weights, draws: int, seed: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-DEGREES = 5.0  # of the t: tails heavier than the posterior's
+DEGREES = 4.0  # of the t: tails heavier than the posterior's
 
 
 class SplitT(NamedTuple):
