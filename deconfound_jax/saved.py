@@ -102,7 +102,12 @@ class SavedRun:
         posterior = self.posterior(method)
         features_nd = self.features(texts) if features is None else np.asarray(features)
         reward = model_form(posterior, features_nd)
-        return {"mean": reward.mean, "sd": reward.sd, "lower": reward.lower(), "distance": self._distance(posterior, features_nd)}
+        return {
+            "mean": reward.mean,
+            "sd": reward.sd,
+            "lower": reward.lower(),
+            "distance": self._distance(posterior, features_nd),
+        }
 
     def sample(self, n: int, prompts: Sequence[str] | None = None, method: str = "deconfounded", seed: int = 0,
                temperature: float = 1.0) -> list[str]:  # fmt: skip
@@ -113,7 +118,13 @@ class SavedRun:
             encoded = np.where(encoded == tokenizer.END, tokenizer.PAD, encoded)  # a prompt is not over
             prompt_bl, rows = np.repeat(encoded, n, axis=0), n * len(prompts)
         tokens_nl, _ = sample(
-            self.decoder, self.policy(method), jax.random.key(seed), rows, self.config.decoder.length, prompt_bl, temperature
+            self.decoder,
+            self.policy(method),
+            jax.random.key(seed),
+            rows,
+            self.config.decoder.length,
+            prompt_bl,
+            temperature,
         )
         return self.tokenizer.decode(np.asarray(tokens_nl))
 

@@ -134,7 +134,9 @@ class Term:
         if self.kind not in TERM_KINDS:
             raise ValueError(f"Term.kind: expected one of {TERM_KINDS}, got {self.kind!r}")
         if (self.kind == "endogenous") != bool(self.instruments):
-            raise ValueError(f"Term({self.kind}, {self.column}): instruments belong to an endogenous term, and it needs one")
+            raise ValueError(
+                f"Term({self.kind}, {self.column}): instruments belong to an endogenous term, and it needs one"
+            )
 
     def __str__(self) -> str:
         inside = self.column if not self.instruments else f"{self.column} ~ {' + '.join(self.instruments)}"
@@ -183,7 +185,9 @@ class Design:
                 instruments = tuple(z.strip() for z in call[3].split("+")) if call[3] else ()
                 terms.append(Term(call[1], call[2], instruments))
             else:
-                raise ValueError(f"design: cannot read {piece!r}; expected column, or kind(column) with kind in {TERM_KINDS}")
+                raise ValueError(
+                    f"design: cannot read {piece!r}; expected column, or kind(column) with kind in {TERM_KINDS}"
+                )
         return cls(family, tuple(terms), response)
 
     @property

@@ -118,7 +118,8 @@ def make_plan(config: Run, logs: Logs) -> Plan:
 def learn(config: Run, plan: Plan, logs: Logs, workdir: epath.Path, on_step=None) -> Fitted:
     """Reference, features, posteriors and policies. Outcomes are read of each part's training rows alone."""
     first, roles = plan.parts[0], logs.roles
-    words_n = np.setdiff1d(np.arange(len(logs)), first.held_out)  # texts the reference may read: all but the first fold's
+    # texts the reference may read: all but the first fold's
+    words_n = np.setdiff1d(np.arange(len(logs)), first.held_out)
     texts = logs.text
     words = tokenizer.train_bpe([texts[i] for i in words_n], config.decoder.vocabulary)
     words.save(workdir / "tokenizer.json")
@@ -152,7 +153,9 @@ def learn(config: Run, plan: Plan, logs: Logs, workdir: epath.Path, on_step=None
         reward = rewards[first.name, primary, method]
         reward = Reward(reward.draws_sn[:, unique_n], reward.form, reward.converged)
         record = Record(workdir, f"dpo-{method}", every, on_step)
-        policies[method] = align(decoder, stage, reference, tokens_nl[unique_n], reward, codes_n, config.dpo, seed, record)
+        policies[method] = align(
+            decoder, stage, reference, tokens_nl[unique_n], reward, codes_n, config.dpo, seed, record
+        )
     main = {method: posteriors[first.name, primary, method] for method in config.methods}
     save_run(workdir, policies, main, features[primary][first.train])
     return Fitted(rewards, posteriors, policies, decoder, words, tokens_nl, features)
@@ -210,11 +213,15 @@ def judge(config: Run, plan: Plan, logs: Logs, fitted: Fitted) -> dict[str, Any]
 def tables(config: Run, results: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     """Rewards by log, features and method; then a row a one-arm log; then the policies."""
     metrics = ("pair_accuracy", "pair_accuracy_z196", "winner_hit_rate", "lift_per_1000", "confounder_correlation")
-    prefixes = [k.removesuffix(".pair_accuracy") for k in results if k.startswith("reward.") and k.endswith(".pair_accuracy")]
+    prefixes = [
+        k.removesuffix(".pair_accuracy") for k in results if k.startswith("reward.") and k.endswith(".pair_accuracy")
+    ]
     overall = []
     for prefix in prefixes:
         _, log, features, method = prefix.split(".")
-        overall.append({"log": log, "features": features, "method": method} | {m: results[f"{prefix}.{m}"] for m in metrics})
+        overall.append(
+            {"log": log, "features": features, "method": method} | {m: results[f"{prefix}.{m}"] for m in metrics}
+        )
     by_log = []
     for prefix in prefixes:
         _, log, features, method = prefix.split(".")
@@ -234,7 +241,9 @@ def verdict(config: Run, results: Mapping[str, Any]) -> str:
     for key in (k for k in results if k.endswith("deconfounded.gain_z196")):
         _, log, features, *_ = key.split(".")
         low, high = results[f"{key}.low"], results[f"{key}.high"]
-        pieces.append(f"{log}, {features} features: {100 * results[key]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
+        pieces.append(
+            f"{log}, {features} features: {100 * results[key]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+        )
     return "Deconfounded minus naive on held-out pairs with |z| > 1.96: " + "; ".join(pieces) + "."
 
 
@@ -265,7 +274,11 @@ def _difference(correct: Mapping[str, list[np.ndarray]], prefix: str) -> dict[st
     hits, z, component = correct["deconfounded"]
     for name, keep in (("gain", np.ones(len(z), bool)), ("gain_z196", z > ab.Z_CLEAR)):
         interval = ab.paired_bootstrap(hits[None, keep], correct["naive"][0][None, keep], component[keep], seed=0)
-        found |= dict(zip([f"{prefix}.{name}", f"{prefix}.{name}.low", f"{prefix}.{name}.high"], map(float, interval), strict=True))
+        found |= dict(
+            zip(
+                [f"{prefix}.{name}", f"{prefix}.{name}.low", f"{prefix}.{name}.high"], map(float, interval), strict=True
+            )
+        )
     return found
 
 

@@ -70,7 +70,12 @@ def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | Non
         for seed, (logs, known) in zip(config.seeds, simulated, strict=True)
     ]
     results = summarise(config, seeds)
-    results[f"run.{config.name}.compilations"] = [compiled.sft.traces(), compiled.dpo.traces(), *[j.traces() for j in joints.values()]]
+    counts = {
+        "sft": compiled.sft.traces(),
+        "dpo": compiled.dpo.traces(),
+        "joint": [j.traces() for j in joints.values()],
+    }
+    (workdir / "compilations.json").write_text(rundir.dump_json(counts))
     rundir.write_results(workdir, results)
     _report(config, results, seeds[0], compiled, workdir)
     return results
@@ -91,7 +96,12 @@ def compile_once(config: Run) -> Compiled:
 def designs(config: Run) -> dict[str, Design]:
     """Each method's causal assumptions: none, the confounders as covariates, the design."""
     full = Design.parse(config.causal.design, config.causal.family, config.causal.response)
-    known = {"naive": full.without_terms(), "covariate": full.without_instruments(), "deconfounded": full, "joint": full}
+    known = {
+        "naive": full.without_terms(),
+        "covariate": full.without_instruments(),
+        "deconfounded": full,
+        "joint": full,
+    }
     return {method: known[method] for method in config.methods}
 
 
@@ -128,14 +138,18 @@ def run_seed(config: Run, compiled: Compiled, joints: dict, seed: int, logs: Log
             policies[method] = align_jointly(c.decoder, stage, reference, tokens_nl, prepared[method], *common,
                                              config.joint, seed, record, watch)  # fmt: skip
         else:
-            policies[method] = align(c.decoder, c.dpo, reference, tokens_nl, rewards[method], *common, seed, record, watch)
+            policies[method] = align(
+                c.decoder, c.dpo, reference, tokens_nl, rewards[method], *common, seed, record, watch
+            )
     if seed == config.seeds[0]:
         save_run(workdir, policies, posteriors, features_nd)
     curves = {m: _curve(workdir, f"seed{seed}-{m}") for m in config.methods}
     return Seed(logs, known, features_nd, prepared, posteriors, rewards, curves)
 
 
-def save_run(workdir: epath.Path, policies: Mapping, posteriors: Mapping[str, Posterior], features_nd: np.ndarray) -> None:
+def save_run(
+    workdir: epath.Path, policies: Mapping, posteriors: Mapping[str, Posterior], features_nd: np.ndarray
+) -> None:
     """What `deconfound_jax.load` reads: policies, posteriors, the log's features."""
     if jax.process_index():
         return
@@ -158,7 +172,9 @@ def summarise(config: Run, seeds: list[Seed]) -> dict[str, Any]:
         shares = [truth.at_kl(s.curves[method], kl) for s, kl in zip(seeds, common, strict=True)]
         _add(results, f"policy.{config.name}.tokens.{method}.true_share", shares)
         _add(results, f"policy.{config.name}.tokens.{method}.kl", common)
-        _add(results, f"policy.{config.name}.tokens.{method}.final_true_share", [s.curves[method][-1][1] for s in seeds])
+        _add(
+            results, f"policy.{config.name}.tokens.{method}.final_true_share", [s.curves[method][-1][1] for s in seeds]
+        )
         _add(results, f"policy.{config.name}.tokens.{method}.final_kl", [s.curves[method][-1][0] for s in seeds])
         rewards = [(s.rewards[method].mean, s) for s in seeds]
         _add(results, f"reward.{config.name}.tokens.{method}.truth_correlation",
@@ -169,7 +185,9 @@ def summarise(config: Run, seeds: list[Seed]) -> dict[str, Any]:
     best = config.methods[-1]
     for rival in config.methods[:-1]:
         mine, other = (results[f"policy.{config.name}.tokens.{m}.true_share.seeds"] for m in (best, rival))
-        results[f"policy.{config.name}.tokens.{best}.wins_over_{rival}"] = sum(a > b for a, b in zip(mine, other, strict=True))
+        results[f"policy.{config.name}.tokens.{best}.wins_over_{rival}"] = sum(
+            a > b for a, b in zip(mine, other, strict=True)
+        )
     r2 = truth.probe_r2(seeds[0].features_nd, seeds[0].truth.attributes_nk, seed=0)
     results[f"features.{config.name}.tokens.probe_r2"] = [float(v) for v in r2]
     return results

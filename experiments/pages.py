@@ -88,29 +88,50 @@ def logs_page(config: Run, results: Mapping[str, Any], plan: Any, logs: Any, fit
 
 def removed_effects(posterior: Posterior, prepared: Prepared) -> list[pages.Effect]:
     """How much of the outcome each confounder moves: the sd over rows of its part, with its 90% interval."""
-    unit = "logits" if posterior.design.family == "binomial" or posterior.design.response != "identity" else "units of y"
+    unit = (
+        "logits" if posterior.design.family == "binomial" or posterior.design.response != "identity" else "units of y"
+    )
     sd, found = float(posterior.scaling["outcome.sd"]), []
     for name, part_su in contributions(posterior, prepared).items():
         spread_s = sd * part_su.std(1)
-        found.append(pages.Effect(f"{name} (sd over rows)", float(spread_s.mean()), *map(float, np.quantile(spread_s, (0.05, 0.95))), unit))
+        found.append(
+            pages.Effect(
+                f"{name} (sd over rows)", float(spread_s.mean()), *map(float, np.quantile(spread_s, (0.05, 0.95))), unit
+            )
+        )
     if "gamma" in posterior.draws:
         column = posterior.design.endogenous.column
         slope_s = posterior.slope("gamma", column)
-        found.append(pages.Effect(f"{column} (gamma)", float(slope_s.mean()), *map(float, np.quantile(slope_s, (0.05, 0.95))), f"{unit} per unit"))
+        found.append(
+            pages.Effect(
+                f"{column} (gamma)",
+                float(slope_s.mean()),
+                *map(float, np.quantile(slope_s, (0.05, 0.95))),
+                f"{unit} per unit",
+            )
+        )
     return found
 
 
-def _common(config: Run, roles: Roles, posterior: Posterior, prepared: Prepared, fingerprint: str, verdict: str) -> pages.Page:
+def _common(
+    config: Run, roles: Roles, posterior: Posterior, prepared: Prepared, fingerprint: str, verdict: str
+) -> pages.Page:
     design = Design.parse(config.causal.design, config.causal.family, config.causal.response)
     made = rundir.provenance()
     reproduction = pages.Reproduction(
-        made["command"], made["machine"], made["versions"], fingerprint, json.dumps(dataclasses.asdict(config), indent=2)
+        made["command"],
+        made["machine"],
+        made["versions"],
+        fingerprint,
+        json.dumps(dataclasses.asdict(config), indent=2),
     )
     return pages.Page(
         title="",
         summary="",
         verdict=verdict,
-        equations=describe.equations(design, roles, gamma_sd=config.causal.gamma_sd, control_sd=config.causal.control_sd),
+        equations=describe.equations(
+            design, roles, gamma_sd=config.causal.gamma_sd, control_sd=config.causal.control_sd
+        ),
         diagram_svg=describe.svg(design, roles),
         mermaid=describe.mermaid(design, roles),
         effects=removed_effects(posterior, prepared),
@@ -129,12 +150,19 @@ def _examples(config: Run, texts: list[str], rewards: Mapping[str, Any]) -> list
     order = np.argsort(rank["best"] - rank["naive"])
     half = config.report.n_examples // 2
     pick = [*order[:half], *order[-(config.report.n_examples - half) :]]
-    return [pages.Example(texts[i], float(rewards["naive"].mean[i]), float(best.mean[i]), float(best.sd[i])) for i in pick]
+    return [
+        pages.Example(texts[i], float(rewards["naive"].mean[i]), float(best.mean[i]), float(best.sd[i])) for i in pick
+    ]
 
 
 def _checks(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
     return [
-        {"method": m, "fit": p.diagnostics["method"], "status": p.status, "Pareto k": float(p.diagnostics.get("pareto_k", np.nan))}
+        {
+            "method": m,
+            "fit": p.diagnostics["method"],
+            "status": p.status,
+            "Pareto k": float(p.diagnostics.get("pareto_k", np.nan)),
+        }
         for m, p in posteriors.items()
     ]
 

@@ -55,7 +55,9 @@ def form_groups(codes_n: np.ndarray | None, n: int, group_size: int, seed: int) 
             if len(piece) > 1:
                 groups.append(np.pad(piece, (0, group_size - len(piece)), constant_values=-1))
     if not groups:
-        raise ValueError(f"roles.pair_within: expected at least two rows with an equal value, got {n} rows of {len(sets)} values")
+        raise ValueError(
+            f"roles.pair_within: expected at least two rows with an equal value, got {n} rows of {len(sets)} values"
+        )
     return np.stack(groups)
 
 

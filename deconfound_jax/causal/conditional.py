@@ -127,8 +127,11 @@ def moments(spec: Spec, rows: Rows, response_n=None, information_n=None, constan
     outcome_nq, first_nq = matrix_nq * (weight_n * information_n)[:, None], matrix_nq * weight_n[:, None]
     count = plan.absorbed.count if isinstance(plan.absorbed, Levels) else 0
     codes_n = rows.levels_nc[:, plan.absorbed.column] if count else jnp.zeros(len(matrix_nq), int)
-    by_level = [jax.ops.segment_sum(m, codes_n, num_segments=count) for m in (outcome_nq, first_nq)] if count else (
-        [jnp.zeros((0, plan.n_columns))] * 2)
+    by_level = (
+        [jax.ops.segment_sum(m, codes_n, num_segments=count) for m in (outcome_nq, first_nq)]
+        if count
+        else ([jnp.zeros((0, plan.n_columns))] * 2)
+    )
     return Moments(outcome_nq.T @ matrix_nq, first_nq.T @ matrix_nq, *by_level, weight_n.sum(), constant)
 
 

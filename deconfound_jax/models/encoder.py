@@ -140,7 +140,7 @@ def params_from_tensors(tensors: Mapping[str, np.ndarray], config: BertConfig) -
 def embed(params: dict, tokens_bl: jax.Array, mask_bl: jax.Array, config: BertConfig) -> jax.Array:
     """Sentence vectors (b, d): the mean of hidden states over the mask, scaled to length one.
 
-        e = h / |h|,  h = sum_l m_l h_l / sum_l m_l
+    e = h / |h|,  h = sum_l m_l h_l / sum_l m_l
     """
     chex.assert_rank([tokens_bl, mask_bl], 2)
     chex.assert_equal_shape([tokens_bl, mask_bl])

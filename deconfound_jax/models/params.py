@@ -11,7 +11,9 @@ from etils import epath
 
 def save_params(path: epath.PathLike, params: Any) -> None:
     """Writes a nested dict of arrays."""
-    flat = {"/".join(str(k.key) for k in path): np.asarray(v) for path, v in jax.tree_util.tree_flatten_with_path(params)[0]}
+    flat = {
+        "/".join(str(k.key) for k in path): np.asarray(v) for path, v in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:

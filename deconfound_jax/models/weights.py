@@ -24,6 +24,7 @@ _DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),  # the format's own NumPy reader stops at these
 }
 
+
 def load_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads every tensor of a safetensors file.
 
@@ -51,7 +52,7 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes name -> array as a safetensors file, in each array's own precision.
 
-        save_safetensors("features.safetensors", {"headline": features_nd})
+    save_safetensors("features.safetensors", {"headline": features_nd})
     """
     # The format stores raw bytes, so a transposed view must become contiguous first.
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}

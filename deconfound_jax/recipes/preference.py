@@ -67,7 +67,9 @@ def align_jointly(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.
       ValueError: rows of the log were summed (counts), which the joint step does not stream yet.
     """
     if len(prepared.rows.outcome_n) != len(tokens_nl):
-        raise ValueError(f"joint: expected one model row a log row, got {len(prepared.rows.outcome_n)} for {len(tokens_nl)}")
+        raise ValueError(
+            f"joint: expected one model row a log row, got {len(prepared.rows.outcome_n)} for {len(tokens_nl)}"
+        )
     groups_mg = form_groups(codes_n, len(tokens_nl), config.group_size, seed)
     reference_n = text_logprobs(decoder, reference, tokens_nl)
     text = prepared.spec.blocks[0]
@@ -95,7 +97,9 @@ def _row_batches(rows: Rows, size: int, seed: int):
     """step -> Rows of fixed size; each row comes once, afterwards rows carry weight 0."""
     n = len(rows.outcome_n)
     order = np.random.default_rng(seed).permutation(n)
-    single = Rows(*[np.asarray(f, np.int32 if k == "levels_nc" else np.float32) for k, f in zip(Rows._fields, rows, strict=True)])
+    single = Rows(
+        *[np.asarray(f, np.int32 if k == "levels_nc" else np.float32) for k, f in zip(Rows._fields, rows, strict=True)]
+    )
 
     def at(i: int) -> Rows:
         position = np.arange(i * size, (i + 1) * size)

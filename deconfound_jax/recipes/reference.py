@@ -34,7 +34,9 @@ def sft_stage(decoder: Decoder, config: Sft) -> Stage:
     return Stage(make_step(objective, optimizer), optimizer, config.steps)
 
 
-def train_reference(decoder: Decoder, stage: Stage, tokens_nl: np.ndarray, config: Sft, seed: int, record: Record) -> Any:
+def train_reference(
+    decoder: Decoder, stage: Stage, tokens_nl: np.ndarray, config: Sft, seed: int, record: Record
+) -> Any:
     """Trains a decoder from scratch on texts (n, l); returns its parameters.
 
     Raises:

@@ -24,7 +24,9 @@ def newsroom() -> Run:
         decoder=Decoder(width=72, layers=2, heads=4, vocabulary=200, length=24),
         features=Features(source="tokens", states="embeddings", pooling="sum+length"),
         sft=Sft(steps=300, batch=128, learning_rate=3e-3),
-        dpo=Dpo(steps=100, groups=32, group_size=5, beta=0.2, learning_rate=5e-5, evaluate_every=20, samples=2048, kl=1.0),
+        dpo=Dpo(
+            steps=100, groups=32, group_size=5, beta=0.2, learning_rate=5e-5, evaluate_every=20, samples=2048, kl=1.0
+        ),
     )
 
 

@@ -1,0 +1,205 @@
+"""Every experiment script under its smoke preset, and what a run directory promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small_log import write_arms
+
+import deconfound_jax as dj
+from deconfound_jax.train.loop import read_metrics
+from experiments import align, evaluate_reward, logs_study, newsroom_study, rundir, sample, score
+from experiments.cli import markdown, parse_run
+from experiments.presets import PRESETS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def newsroom_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("newsroom")
+    return workdir, align.run(PRESETS["smoke"](), workdir)
+
+
+@pytest.fixture(scope="module")
+def logs_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("logs")
+    arms = write_arms(workdir / "arms.parquet")
+    config = PRESETS["upworthy_smoke"]()
+    config = dataclasses.replace(config, logs=dataclasses.replace(config.logs, path=arms))
+    return workdir, arms, align.run(config, workdir / "run")
+
+
+def test_the_newsroom_study_leaves_a_whole_run_directory(newsroom_run):
+    workdir, results = newsroom_run
+    for method in ("sft", "naive", "covariate", "deconfounded"):
+        for metric in ("true_share", "kl"):
+            assert np.isfinite(results[f"policy.smoke.tokens.{method}.{metric}"])
+    assert json.loads((workdir / "results.json").read_text()) == results
+    counts = json.loads((workdir / "compilations.json").read_text())
+    assert counts == {"sft": 1, "dpo": 1, "joint": []}, "SFT and DPO must each compile once for all methods"
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["config"]["name"] == "smoke" and config["data"] and config["changed_from_preset"] == {}
+    page = (workdir / "report.html").read_text()
+    assert "popularity" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert (workdir / "truth.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_saved_run_scores_and_samples(newsroom_run, tmp_path):
+    workdir, _ = newsroom_run
+    run = dj.load(workdir)
+    texts = ["harbor ferry dock tide why joy", "harbor ferry dock tide"]
+    scored = run.score(texts)
+    assert {k: v.shape for k, v in scored.items()} == {k: (2,) for k in ("mean", "sd", "lower", "distance")}
+    assert (scored["lower"] < scored["mean"]).all() and (scored["sd"] > 0).all()
+    assert len(run.sample(3)) == 3
+    assert run.sample(2, ["harbor ferry"])[1].startswith("harbor ferry")
+    assert run.sample(3, seed=1) == run.sample(3, seed=1)
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n\n")
+    rows = score.run(score.Arguments(str(workdir), str(tmp_path / "texts.txt")))
+    assert [row["text"] for row in rows] == texts
+    assert rows[0]["mean"] == pytest.approx(scored["mean"][0], abs=1e-4)
+    (tmp_path / "prompts.txt").write_text("harbor\nseed\n")
+    assert len(sample.run(sample.Arguments(str(workdir), str(tmp_path / "prompts.txt"), n=2))) == 4
+    with pytest.raises(ValueError, match="expected one of .*naive.*got 'best'"):
+        run.sample(1, method="best")
+
+
+def test_distance_is_zero_on_the_log_and_grows_off_it(newsroom_run):
+    run = dj.load(newsroom_run[0])
+    logged = newsroom_study.newsroom.simulate(run.config.simulation, run.config.seeds[0])[0].text[:5]
+    near, far = run.score(logged)["distance"], run.score(["why " * 20])["distance"]
+    np.testing.assert_allclose(near, 0, atol=1e-3)
+    assert far[0] > 2
+
+
+def test_another_config_in_the_same_directory_is_refused_by_field(newsroom_run):
+    config = PRESETS["smoke"]()
+    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, beta=0.9))
+    with pytest.raises(ValueError, match=r"dpo\.beta: 0\.3 there, 0\.9 asked for"):
+        align.run(config, newsroom_run[0])
+
+
+def test_the_logs_study_reports_every_score(logs_run):
+    workdir, _, results = logs_run
+    metrics = ("pair_accuracy", "pair_accuracy_z196", "winner_hit_rate", "lift_per_1000", "confounder_correlation")
+    for log in ("one_arm", "broken_window"):
+        for method in ("naive", "deconfounded"):
+            for metric in metrics:
+                assert np.isfinite(results[f"reward.{log}.tokens.{method}.{metric}"])
+    assert len(results["reward.one_arm.tokens.naive.pair_accuracy.seeds"]) == 2
+    low, gain, high = (results[f"reward.one_arm.tokens.deconfounded.gain{k}"] for k in (".low", "", ".high"))
+    assert low <= gain <= high
+    assert (workdir / "run" / "report.html").exists()
+
+
+def test_a_run_scores_new_arms(logs_run, tmp_path):
+    workdir, arms, _ = logs_run
+    roles = PRESETS["upworthy_smoke"]().roles
+    found = evaluate_reward.run(evaluate_reward.Arguments(str(workdir / "run"), arms, roles=roles))
+    assert set(found) == {"naive", "deconfounded"}
+    assert 0 <= found["naive"]["pair_accuracy"] <= 1 and found["naive"]["n_pairs"] > 100
+    features = np.random.default_rng(0).normal(size=(240, 17)).astype(np.float32)
+    np.save(tmp_path / "wide.npy", features)
+    with pytest.raises(ValueError, match="features: expected"):
+        evaluate_reward.run(
+            evaluate_reward.Arguments(str(workdir / "run"), arms, str(tmp_path / "wide.npy"), roles=roles)
+        )
+
+
+def test_examples_none_leaves_the_log_out_of_the_report(tmp_path):
+    arms = write_arms(tmp_path / "arms.parquet", tests=40)
+    config = PRESETS["upworthy_smoke"]()
+    config = dataclasses.replace(
+        config,
+        logs=dataclasses.replace(config.logs, path=arms),
+        report=dataclasses.replace(config.report, examples="none"),
+    )
+    align.run(config, tmp_path / "run")
+    texts = logs_study.read_logs(config, tmp_path).text
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert not any(text in page for text in texts)
+
+
+def test_held_out_outcomes_change_nothing_that_is_learned(tmp_path):
+    """Every judged outcome is overwritten with noise: posteriors, scales and policies stay the same bytes."""
+    config = PRESETS["upworthy_smoke"]()
+    learned = []
+    for name, noise in (("plain", None), ("noise", 7)):
+        # Fold 0's tests are judged for the first log: the plan does not read outcomes, so it names them.
+        path = write_arms(tmp_path / f"{name}.parquet", noise_seed=noise, noisy_tests=learned[0][2] if learned else ())
+        run = dataclasses.replace(config, logs=dataclasses.replace(config.logs, path=path))
+        logs = logs_study.read_logs(run, tmp_path)
+        plan = logs_study.make_plan(run, logs)
+        plan = plan._replace(parts=plan.parts[:1])
+        judged = set(logs.columns["clickability_test_id"][plan.parts[0].held_out])
+        (tmp_path / name).mkdir()
+        fitted = logs_study.learn(run, plan, logs, rundir.epath.Path(tmp_path / name))
+        learned.append((fitted, logs.outcome_n[plan.parts[0].held_out], judged))
+    (one, outcome, _), (two, noise, _) = learned
+    assert (outcome != noise).mean() > 0.9
+    for key, posterior in one.posteriors.items():
+        for site, draws in posterior.draws.items():
+            assert draws.tobytes() == two.posteriors[key].draws[site].tobytes(), (key, site)
+    for method in one.policies:
+        for a, b in zip(jax.tree.leaves(one.policies[method]), jax.tree.leaves(two.policies[method]), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), method
+
+
+def test_a_run_killed_while_training_ends_as_an_unbroken_one(tmp_path):
+    """kill -9 in the middle of the second stage; run again: the same rows, clock aside, and the same results."""
+    command = [sys.executable, "-m", "experiments.align", "--preset", "smoke", "--dpo.steps", "60", "--workdir"]
+    command += [str(tmp_path / "killed"), "--methods", "deconfounded"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    stage = tmp_path / "killed" / "checkpoints" / "seed0-deconfounded"
+    deadline = time.monotonic() + 240
+    while not (stage.exists() and any(p.name.isdigit() for p in stage.iterdir())):
+        assert time.monotonic() < deadline and process.poll() is None, "the run ended before its first checkpoint"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(read_metrics(tmp_path / "killed", "seed0-deconfounded")) < 60, "killed too late to test anything"
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    config = PRESETS["smoke"]()
+    config = dataclasses.replace(config, methods=("deconfounded",), dpo=dataclasses.replace(config.dpo, steps=60))
+    results = align.run(config, tmp_path / "whole")
+    rows = [
+        [{k: v for k, v in row.items() if k != "clock"} for row in read_metrics(tmp_path / w)]
+        for w in ("killed", "whole")
+    ]
+    assert rows[0] == rows[1]
+    assert json.loads((tmp_path / "killed" / "results.json").read_text()) == results
+
+
+def test_presets_parse_and_short_logs_flag():
+    config, preset, known = parse_run(["--preset", "upworthy", "--logs", "a.parquet", "--dpo.beta", "0.7"], "x")
+    assert (config.logs.path, config.dpo.beta, known.workdir) == ("a.parquet", 0.7, "runs/upworthy")
+    assert preset == PRESETS["upworthy"]()
+    for name, make in PRESETS.items():
+        stored = json.loads(json.dumps(dataclasses.asdict(make())))
+        from deconfound_jax.saved import config_from_json
+
+        assert config_from_json(stored) == make(), name
+
+
+def test_difference_names_nested_fields():
+    old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "d": 4}
+    assert rundir.difference(old, new) == {"a.c": (2, 5), "d": (3, 4)}
+
+
+def test_markdown_table():
+    assert markdown([{"a": 1, "b": 0.12345}, {"a": 22, "b": None}]).splitlines()[2:] == [
+        "| 1  | 0.123 |",
+        "| 22 | -     |",
+    ]
