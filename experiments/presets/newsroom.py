@@ -21,12 +21,20 @@ def newsroom() -> Run:
         seeds=(0, 1, 2, 3, 4),
         methods=("naive", "covariate", "deconfounded"),
         causal=Causal(design="endogenous(popularity ~ z) + category(week)", draws=256),
-        decoder=Decoder(width=72, layers=2, heads=4, vocabulary=200, length=24),
+        decoder=Decoder(width=72, layers=2, heads=4, vocabulary=200, length=20),
         features=Features(source="tokens", states="embeddings", pooling="sum+length"),
-        sft=Sft(steps=300, batch=128, learning_rate=3e-3),
+        sft=Sft(steps=600, batch=32, learning_rate=8e-3),
         dpo=Dpo(
-            steps=100, groups=32, group_size=5, beta=0.2, learning_rate=5e-5, evaluate_every=20, samples=2048, kl=1.0
+            steps=64,
+            groups=32,
+            group_size=5,
+            beta=0.15,
+            learning_rate=2e-4,
+            evaluate_every=16,
+            samples=2048,
+            kl=1.0,
         ),
+        checkpoint_every=200,
     )
 
 
