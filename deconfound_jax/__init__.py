@@ -30,6 +30,7 @@ _HOMES = {
     "model_form": "causal.reward",
     "text_form": "causal.reward",
     "residual_form": "causal.reward",
+    "encode": "models.encoder",
     "load": "saved",
 }
 

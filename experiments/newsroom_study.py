@@ -213,8 +213,8 @@ def tables(config: Run, results: Mapping[str, Any]) -> list[list[dict[str, Any]]
 def verdict(config: Run, results: Mapping[str, Any]) -> str:
     """Who won, in how many seeds, and what did not converge."""
     key, best, n = f"policy.{config.name}.tokens", config.methods[-1], len(config.seeds)
-    pieces = [f"{best} beats {r} in {results[f'{key}.{best}.wins_over_{r}']} of {n} seeds" for r in config.methods[:-1]]
-    sentence = "At equal KL the policy " + " and ".join(pieces) + "." if pieces else ""
+    pieces = [f"{r} in {results[f'{key}.{best}.wins_over_{r}']} of {n} seeds" for r in config.methods[:-1]]
+    sentence = f"At equal KL the {best} policy beats {' and '.join(pieces)}." if pieces else ""
     weak = [m for m in config.methods if "not converged" in results[f"reward.{config.name}.tokens.{m}.status"]]
     return sentence + (f" Not converged in some seeds: {', '.join(weak)}." if weak else "")
 

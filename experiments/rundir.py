@@ -80,6 +80,9 @@ def record(workdir: epath.Path, script: str, config: Run, table: str) -> epath.P
     made = provenance() | {"seeds": list(config.seeds)}
     results = json.loads((workdir / "results.json").read_text())
     (folder / f"{config.name}.json").write_text(dump_json({"provenance": made, "results": results}))
+    figure = workdir / "truth.png"
+    if figure.exists():
+        figure.copy(folder / f"{config.name}.png", overwrite=True)
     lines = [f"# {config.name}", "", f"    {made['command']}", "", table, "", f"Machine: {made['machine']}.", ""]
     lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in made["versions"].items()) + ".")
     (folder / f"{config.name}.md").write_text("\n".join(lines) + "\n")

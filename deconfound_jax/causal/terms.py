@@ -81,7 +81,6 @@ class Prepared(NamedTuple):
     rows: Rows
     scaling: Mapping[str, Any]
     row_of_log_n: np.ndarray  # row of the log -> row of `rows` (equal rows are summed)
-    sampling_variance_n: np.ndarray | None  # of each row's outcome, standardised units; None if unknown
 
 
 def prepare(logs: Logs, features_nd: np.ndarray, design: Design, config: Causal | None = None) -> Prepared:
@@ -109,7 +108,7 @@ def prepare(logs: Logs, features_nd: np.ndarray, design: Design, config: Causal 
     design = _with_missing_indicators(design, logs)
     first_n, row_of_log_n = _equal_rows(logs, design)
     scaling: dict[str, Any] = {"text.column": logs.roles.text}
-    outcome_n, exposure_n, precision_n, variance_n, offset = _outcome(logs, design, first_n, row_of_log_n, scaling)
+    outcome_n, exposure_n, precision_n, offset = _outcome(logs, design, first_n, row_of_log_n, scaling)
     logs_u = logs.take(first_n)
     weight_n = _weights(logs_u)
     text_nd = _standardise(features_nd[first_n], weight_n, "features", scaling)
@@ -133,7 +132,7 @@ def prepare(logs: Logs, features_nd: np.ndarray, design: Design, config: Causal 
     levels_nc = np.stack(codes, 1) if codes else np.zeros((len(first_n), 0), int)
     columns_nq = np.concatenate(columns, 1)
     rows = Rows(columns_nq, levels_nc, outcome_n, endogenous_n, exposure_n, precision_n, weight_n, offset)
-    return Prepared(spec, rows, scaling, row_of_log_n, variance_n)
+    return Prepared(spec, rows, scaling, row_of_log_n)
 
 
 def empirical_logit(clicks_n: np.ndarray, shown_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -206,10 +205,10 @@ def _standardise_outcome(values_n: np.ndarray, weight_n: np.ndarray, scaling: di
 
 
 def _outcome(logs: Logs, design: Design, first_n, row_of_log_n, scaling):
-    """Outcome, exposure, precision, sampling variance and offset of the summed rows."""
+    """Outcome, exposure, precision and offset of the summed rows."""
     ones, weight_n = np.ones(len(first_n)), _weights(logs)
     if not _counts(design):
-        return _standardise_outcome(logs.outcome_n, weight_n, scaling), ones, ones, None, 0.0
+        return _standardise_outcome(logs.outcome_n, weight_n, scaling), ones, ones, 0.0
     if not logs.roles.exposure:
         raise ValueError(f"roles.exposure: expected a column of counts for {design.family}/{design.response}, got none")
     clicks_n = np.bincount(row_of_log_n, logs.outcome_n)
@@ -218,12 +217,12 @@ def _outcome(logs: Logs, design: Design, first_n, row_of_log_n, scaling):
     if design.family == "binomial":
         offset = float(empirical_logit(weight_n @ logs.outcome_n, weight_n @ logs.exposure_n)[0])
         scaling["outcome.mean"], scaling["outcome.sd"] = offset, 1.0
-        return clicks_n, shown_n, ones, variance_n, offset
+        return clicks_n, shown_n, ones, offset
     outcome_n = _standardise_outcome(logit_n, weight_n[first_n], scaling)
     variance_n = variance_n / scaling["outcome.sd"] ** 2
     # Rows differ in sampling variance on top of what they share: weights by moments.
     shared = max(1 - np.average(variance_n, weights=weight_n[first_n]), 0.05)
-    return outcome_n, shown_n, shared / (shared + variance_n), variance_n, 0.0
+    return outcome_n, shown_n, shared / (shared + variance_n), 0.0
 
 
 def _counts(design: Design) -> bool:

@@ -48,7 +48,8 @@ def train_reference(
     order = epochs(len(tokens_nl), config.batch, seed)
     state = run_stage(
         record.name, init_state(params, stage.optimizer), stage.step, (), lambda i: tokens_nl[order(i)], stage.steps,
-        record.workdir, checkpoint_every=record.checkpoint_every, key=jax.random.fold_in(key, 1), on_step=record.on_step,
+        record.workdir, checkpoint_every=record.checkpoint_every, on_step=record.on_step,
+        key=jax.random.fold_in(key, 1),
     )  # fmt: skip
     return state.params
 
