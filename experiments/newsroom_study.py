@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from deconfound_jax.align.joint import posterior_draws
 from deconfound_jax.align.logprobs import sequence_logprob
 from deconfound_jax.causal.fit import fit_prepared
 from deconfound_jax.causal.posterior import Posterior
@@ -128,19 +129,20 @@ def run_seed(config: Run, compiled: Compiled, joints: dict, seed: int, logs: Log
     for method, design in designs(config).items():
         prepared[method] = prepare(logs, features_nd, design, causal)
         record = Record(workdir, f"seed{seed}-{method}", config.checkpoint_every, on_step)
-        posteriors[method] = _fit(prepared[method], design, causal, workdir / "posterior" / f"seed{seed}-{method}.npz")
-        rewards[method] = model_form(posteriors[method], features_nd)
         common = (logs.codes(logs.roles.pair_within), config.dpo)
         watch = [(config.dpo.evaluate_every, judge)]
         if method == "joint":
             spec = prepared[method].spec
             stage = joints.setdefault(spec, joint_stage(c.decoder, spec, config.dpo, config.joint))
-            policies[method] = align_jointly(c.decoder, stage, reference, tokens_nl, prepared[method], *common,
-                                             config.joint, seed, record, watch)  # fmt: skip
-        else:
-            policies[method] = align(
-                c.decoder, c.dpo, reference, tokens_nl, rewards[method], *common, seed, record, watch
-            )
+            state = align_jointly(c.decoder, stage, reference, tokens_nl, prepared[method], *common,
+                                  config.joint, seed, record, watch)  # fmt: skip
+            policies[method] = state.params
+            posteriors[method] = _joint_posterior(prepared[method], design, causal, state)
+            rewards[method] = model_form(posteriors[method], features_nd)
+            continue
+        posteriors[method] = _fit(prepared[method], design, causal, workdir / "posterior" / f"seed{seed}-{method}.npz")
+        rewards[method] = model_form(posteriors[method], features_nd)
+        policies[method] = align(c.decoder, c.dpo, reference, tokens_nl, rewards[method], *common, seed, record, watch)
     if seed == config.seeds[0]:
         save_run(workdir, policies, posteriors, features_nd)
     curves = {m: _curve(workdir, f"seed{seed}-{m}") for m in config.methods}
@@ -228,6 +230,16 @@ def _fit(prepared: Prepared, design: Design, causal, path: epath.Path) -> Poster
     posterior.save(path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)  # a kill while writing leaves no half file under the name
     return posterior
+
+
+def _joint_posterior(prepared: Prepared, design: Design, causal, state) -> Posterior:
+    """What the joint state knows at the end of training; its scalars are a point."""
+    draws = posterior_draws(prepared.spec, state.causal, causal.draws, jax.random.key(causal.seed))
+    draws = {name: np.asarray(value, np.float64) for name, value in draws.items()}
+    finite = all(np.isfinite(value).all() for value in draws.values())
+    why = "carried by the joint step; scalars are a point"
+    scaling = {name: np.asarray(value) for name, value in prepared.scaling.items()}
+    return Posterior(draws, design, scaling, {"method": "joint", "why": why, "converged": finite})
 
 
 def _curve(workdir: epath.Path, name: str) -> Curve:

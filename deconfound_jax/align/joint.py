@@ -78,8 +78,15 @@ def update_causal(spec: Spec, config: Joint, state: CausalState, rows: Rows) -> 
 
 def text_draws(spec: Spec, state: CausalState, draws: int, key: jax.Array) -> jax.Array:
     """Joint draws (s, d) of the text's coefficients at the current psi, standardised units."""
-    solution = conditional.solve(spec, state.moments, conditional.constrain(spec, state.raw))
-    return jax.vmap(lambda k: conditional.draw(spec, solution, k)["text"])(jax.random.split(key, draws))
+    return posterior_draws(spec, state, draws, key)["text"]
+
+
+def posterior_draws(spec: Spec, state: CausalState, draws: int, key: jax.Array) -> dict[str, jax.Array]:
+    """Joint draws (s, ...) of every site given psi; psi itself is a point, the same in every draw."""
+    psi = conditional.constrain(spec, state.raw)
+    solution = conditional.solve(spec, state.moments, psi)
+    sites = jax.vmap(lambda k: conditional.draw(spec, solution, k))(jax.random.split(key, draws))
+    return sites | {name: jnp.full(draws, value) for name, value in psi.items()}
 
 
 def label_groups(batch: JointBatch, coefficients_sd, weighting: str) -> GroupBatch:

@@ -63,6 +63,9 @@ def align_jointly(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.
                   evaluators=()) -> Any:  # fmt: skip
     """Joint training: the log's rows stream through the causal part while the policy learns from it.
 
+    Returns:
+      the final state: `params` is the policy, `causal` the `CausalState` it learned from.
+
     Raises:
       ValueError: rows of the log were summed (counts), which the joint step does not stream yet.
     """
@@ -82,7 +85,7 @@ def align_jointly(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.
         return JointBatch(rows_at(i), tokens_nl[groups], reference_n[groups], features_nd[groups], present)
 
     state = init_state(reference, stage.optimizer, init_causal(prepared.spec, rows_at(0), joint))
-    return _run(stage, state, config, batch, seed, record, evaluators).params
+    return _run(stage, state, config, batch, seed, record, evaluators)
 
 
 def _run(stage, state, config, batch, seed, record, evaluators):
