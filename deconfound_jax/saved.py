@@ -65,7 +65,11 @@ class SavedRun:
         return load_params(path)
 
     def posterior(self, method: str = "deconfounded") -> Posterior:
-        return Posterior.load(self.workdir / "posterior" / f"{method}.npz")
+        path = self.workdir / "posterior" / f"{method}.npz"
+        if not path.exists():
+            known = sorted(set(self.config.methods) & {p.stem for p in (self.workdir / "posterior").iterdir()})
+            raise ValueError(f"posterior: expected one of {known}, got {method!r}")
+        return Posterior.load(path)
 
     def features(self, texts: Sequence[str]) -> np.ndarray:
         """phi(x) of new texts, as the run's own fit saw them.

@@ -3,7 +3,8 @@
     python -m experiments.evaluate_reward --workdir RUN --arms FILE.parquet [--features FILE.npz] \\
         [--roles.text headline --roles.group test ...]
 
-Roles default to the run's own. Arms are compared inside a group and context.
+Roles default to the run's own. Arms are compared inside a group and context. A run on real
+logs keeps its first log's posterior: arms whose texts were in that log are not held out.
 """
 
 from __future__ import annotations
@@ -36,11 +37,17 @@ def run(arguments: Arguments) -> dict[str, dict[str, float]]:
     from deconfound_jax.logs.read import read
 
     saved = load(arguments.workdir)
-    # Confounders and instruments play no part in judging: the arms need not have them.
-    roles = dataclasses.replace(arguments.roles, confounders=(), instruments=())
+    # What only fitting reads plays no part in judging: the arms need not have it.
+    roles = dataclasses.replace(
+        arguments.roles, confounders=(), instruments=(), weight="", time="", key="", pair_within=""
+    )
     rejected = saved.workdir / "rejected_arms.jsonl"
     logs = read(arguments.arms, roles, on_bad_rows=arguments.on_bad_rows, rejected_path=rejected)
-    features_nd = read_features(arguments.features, len(logs), "", roles.text) if arguments.features else None
+    features_nd = (
+        read_features(arguments.features, len(logs), saved.config.features.array, roles.text)
+        if arguments.features
+        else None
+    )
     if features_nd is None:
         features_nd = saved.features(logs.text)
     arms, found = ab.arms_of(logs), {}

@@ -61,6 +61,8 @@ class Seed(NamedTuple):
 
 def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | None = None) -> dict[str, Any]:
     """Runs all seeds and writes results.json and report.html; returns the results."""
+    if config.features.source != "tokens":
+        raise ValueError(f"features.source: the newsroom study fits 'tokens', got {config.features.source!r}")
     simulated = [newsroom.simulate(config.simulation, seed) for seed in config.seeds]
     workdir = rundir.claim(workdir, config, preset, simulated[0][0].fingerprint)
     compiled = compile_once(config)
@@ -103,6 +105,9 @@ def designs(config: Run) -> dict[str, Design]:
         "deconfounded": full,
         "joint": full,
     }
+    unknown = set(config.methods) - set(known)
+    if unknown:
+        raise ValueError(f"methods: expected some of {sorted(known)}, got {sorted(unknown)}")
     return {method: known[method] for method in config.methods}
 
 
@@ -184,8 +189,8 @@ def summarise(config: Run, seeds: list[Seed]) -> dict[str, Any]:
         _add(results, f"reward.{config.name}.tokens.{method}.confounder_correlation",
              [float(abs(np.corrcoef(r, s.logs.columns["popularity"])[0, 1])) for r, s in rewards])  # fmt: skip
         results[f"reward.{config.name}.tokens.{method}.status"] = [s.posteriors[method].status for s in seeds]
-    best = config.methods[-1]
-    for rival in config.methods[:-1]:
+    best = rundir.best_method(config)
+    for rival in (m for m in config.methods if m != best):
         mine, other = (results[f"policy.{config.name}.tokens.{m}.true_share.seeds"] for m in (best, rival))
         results[f"policy.{config.name}.tokens.{best}.wins_over_{rival}"] = sum(
             a > b for a, b in zip(mine, other, strict=True)
@@ -214,8 +219,8 @@ def tables(config: Run, results: Mapping[str, Any]) -> list[list[dict[str, Any]]
 
 def verdict(config: Run, results: Mapping[str, Any]) -> str:
     """Who won, in how many seeds, and what did not converge."""
-    key, best, n = f"policy.{config.name}.tokens", config.methods[-1], len(config.seeds)
-    pieces = [f"{r} in {results[f'{key}.{best}.wins_over_{r}']} of {n} seeds" for r in config.methods[:-1]]
+    key, best, n = f"policy.{config.name}.tokens", rundir.best_method(config), len(config.seeds)
+    pieces = [f"{r} in {results[f'{key}.{best}.wins_over_{r}']} of {n} seeds" for r in config.methods if r != best]
     sentence = f"At equal KL the {best} policy beats {' and '.join(pieces)}." if pieces else ""
     weak = [m for m in config.methods if "not converged" in results[f"reward.{config.name}.tokens.{m}.status"]]
     return sentence + (f" Not converged in some seeds: {', '.join(weak)}." if weak else "")
@@ -254,8 +259,8 @@ def _add(results: dict, key: str, values: list[float]) -> None:
 
 
 def _report(config: Run, results: Mapping[str, Any], first: Seed, compiled: Compiled, workdir: epath.Path) -> None:
-    from experiments import pages  # jinja2 and matplotlib: an accelerator image may have neither
-
+    if (pages := rundir.pages()) is None:
+        return
     samples = {}
     for method in ("sft", *config.methods):
         from deconfound_jax.models.params import load_params

@@ -31,7 +31,7 @@ LIMITS = (
 def newsroom_page(config: Run, results: Mapping[str, Any], seed: Any, samples: Mapping[str, list[str]],
                   tables: list, verdict: str, workdir: epath.Path) -> None:  # fmt: skip
     """The newsroom study's report: `seed` is the first seed's `newsroom_study.Seed`."""
-    best = config.methods[-1]
+    best = rundir.best_method(config)
     rewards = {m: seed.rewards[m].mean for m in config.methods}
     popularity_n = seed.logs.columns["popularity"]
     cloud = pages.Cloud("popularity", popularity_n, _two(rewards), {
@@ -58,7 +58,7 @@ def newsroom_page(config: Run, results: Mapping[str, Any], seed: Any, samples: M
 def logs_page(config: Run, results: Mapping[str, Any], plan: Any, logs: Any, fitted: Any, tables: list, verdict: str,
               workdir: epath.Path) -> None:  # fmt: skip
     """The report on real logs; its plots show the first part's training rows."""
-    first, best = plan.parts[0], config.methods[-1]
+    first, best = plan.parts[0], rundir.best_method(config)
     name = list(fitted.features)[-1]
     train = logs.take(first.train)
     posterior = fitted.posteriors[first.name, name, best]
@@ -143,9 +143,11 @@ def _common(
 
 def _examples(config: Run, texts: list[str], rewards: Mapping[str, Any]) -> list[pages.Example] | None:
     """The texts whose place changes most between naive and deconfounded; None where log text must stay inside."""
-    if config.report.examples == "none" or "naive" not in rewards:
+    if config.report.examples == "none":
         return None
-    best = rewards[config.methods[-1]]
+    if "naive" not in rewards:
+        return []
+    best = rewards[rundir.best_method(config)]
     rank = {m: np.argsort(np.argsort(r.mean)) for m, r in (("naive", rewards["naive"]), ("best", best))}
     order = np.argsort(rank["best"] - rank["naive"])
     half = config.report.n_examples // 2

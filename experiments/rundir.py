@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -58,9 +61,25 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
 
 
 def write_results(workdir: epath.Path, results: Mapping[str, Any]) -> None:
-    """results.json: one flat object, keys `<study>.<log>.<features>.<method>.<metric>`."""
+    """results.json: one flat object, keys `<study>.<log>.<features>.<method>.<metric>`; not a number becomes null."""
     if jax.process_index() == 0:
-        (workdir / "results.json").write_text(dump_json(results))
+        (workdir / "results.json").write_text(dump_json({k: _finite(v) for k, v in results.items()}))
+
+
+def pages():
+    """The module that fills the report, or None where jinja2 or matplotlib is missing, as on an accelerator image."""
+    try:
+        from experiments import pages as module
+    except ImportError as error:
+        logging.getLogger(__name__).warning("no report is written: %s", error)
+        return None
+    return module
+
+
+def best_method(config: Run) -> str:
+    """The method that tables and report are about: the last one named that takes the confounders out."""
+    ours = [m for m in config.methods if m in ("deconfounded", "joint")]
+    return ours[-1] if ours else config.methods[-1]
 
 
 def provenance() -> dict[str, Any]:
@@ -69,7 +88,9 @@ def provenance() -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in _PACKAGES}
     device = jax.devices()[0]
-    machine = f"{platform.machine()}, {jax.device_count()} x {device.device_kind} ({device.platform})"
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, {jax.device_count()} x {device.device_kind} ({device.platform})"
+    )
     return {"command": command, "machine": machine, "versions": versions}
 
 
@@ -87,3 +108,9 @@ def record(workdir: epath.Path, script: str, config: Run, table: str) -> epath.P
     lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in made["versions"].items()) + ".")
     (folder / f"{config.name}.md").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

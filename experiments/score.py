@@ -37,8 +37,10 @@ def run(arguments: Arguments) -> list[dict[str, object]]:
 
     with open(arguments.texts, encoding="utf-8") as file:
         texts = [line.strip() for line in file if line.strip()]
-    features_nd = read_features(arguments.features, len(texts)) if arguments.features else None
-    scored = load(arguments.workdir).score(texts, features_nd, arguments.method)
+    saved = load(arguments.workdir)
+    array = saved.config.features.array
+    features_nd = read_features(arguments.features, len(texts), array) if arguments.features else None
+    scored = saved.score(texts, features_nd, arguments.method)
     return [{"text": t} | {f: float(np.round(scored[f][i], 5)) for f in FIELDS} for i, t in enumerate(texts)]
 
 

@@ -18,7 +18,7 @@ from small_log import write_arms
 
 import deconfound_jax as dj
 from deconfound_jax.train.loop import read_metrics
-from experiments import align, evaluate_reward, logs_study, newsroom_study, rundir, sample, score
+from experiments import align, evaluate_reward, logs_plan, logs_study, newsroom_study, rundir, sample, score
 from experiments.cli import markdown, parse_run
 from experiments.presets import PRESETS
 
@@ -126,7 +126,7 @@ def test_examples_none_leaves_the_log_out_of_the_report(tmp_path):
         report=dataclasses.replace(config.report, examples="none"),
     )
     align.run(config, tmp_path / "run")
-    texts = logs_study.read_logs(config, tmp_path).text
+    texts = logs_plan.read_logs(config, tmp_path).text
     page = (tmp_path / "run" / "report.html").read_text()
     assert not any(text in page for text in texts)
 
@@ -139,8 +139,8 @@ def test_held_out_outcomes_change_nothing_that_is_learned(tmp_path):
         # Fold 0's tests are judged for the first log: the plan does not read outcomes, so it names them.
         path = write_arms(tmp_path / f"{name}.parquet", noise_seed=noise, noisy_tests=learned[0][2] if learned else ())
         run = dataclasses.replace(config, logs=dataclasses.replace(config.logs, path=path))
-        logs = logs_study.read_logs(run, tmp_path)
-        plan = logs_study.make_plan(run, logs)
+        logs = logs_plan.read_logs(run, tmp_path)
+        plan = logs_plan.make_plan(run, logs)
         plan = plan._replace(parts=plan.parts[:1])
         judged = set(logs.columns["clickability_test_id"][plan.parts[0].held_out])
         (tmp_path / name).mkdir()
@@ -203,3 +203,41 @@ def test_markdown_table():
         "| 1  | 0.123 |",
         "| 22 | -     |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"roles.group": ""}, r"roles\.group: expected a column"),
+        ({"roles.exposure": ""}, r"roles\.exposure: expected a column"),
+        ({"methods": ("joint",)}, r"methods: expected naive, covariate or deconfounded on real logs, got \['joint'\]"),
+        ({"logs.split.by": "time"}, r"logs\.split\.by: .* got 'time'"),
+        ({"causal.design": "category(eyecatcher_id)"}, r"roles\.confounders: \['test_week'\] have no term"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_first(tmp_path, change, message):
+    config = PRESETS["upworthy_smoke"]()
+    config = dataclasses.replace(config, logs=dataclasses.replace(config.logs, path=str(tmp_path / "absent.parquet")))
+    for name, value in change.items():
+        config = replaced(config, name.split("."), value)
+    with pytest.raises(ValueError, match=message):
+        align.run(config, tmp_path / "run")
+
+
+def test_own_logs_with_few_roles_run_to_the_end(tmp_path):
+    """No confounders named, one plain split, no context: the README's command for a stranger's file."""
+    config = dataclasses.replace(PRESETS["upworthy_smoke"](), name="logs")
+    roles = dataclasses.replace(config.roles, confounders=(), context=())
+    logs = type(config.logs)(path=write_arms(tmp_path / "arms.parquet", tests=30))
+    causal = dataclasses.replace(config.causal, design="category(test_week)")
+    results = align.run(dataclasses.replace(config, roles=roles, logs=logs, causal=causal), tmp_path / "run")
+    assert 0 <= results["reward.log.tokens.deconfounded.pair_accuracy"] <= 1
+    assert np.isfinite(results["policy.logs.tokens.deconfounded.kl"])
+    assert logs_study.tables(config, results)
+
+
+def replaced(config, names, value):
+    """The config with one nested field changed."""
+    if len(names) == 1:
+        return dataclasses.replace(config, **{names[0]: value})
+    return dataclasses.replace(config, **{names[0]: replaced(getattr(config, names[0]), names[1:], value)})

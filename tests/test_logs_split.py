@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deconfound_jax.config import Split
-from deconfound_jax.logs.split import components, one_arm, shared, split
+from deconfound_jax.logs.split import components, folds, one_arm, shared, split
 from deconfound_jax.structs import Logs, Roles
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -177,3 +177,18 @@ def test_upworthy_leaks_what_its_readme_says():
     assert abs(np.mean([p.leaked["lede"] for p in parts]) - 0.26) < 0.03
     for column in ("headline", "lede", "eyecatcher_id", "clickability_test_id"):
         assert shared(logs.columns[column], np.isin(np.arange(len(logs)), parts[0].held_out)) == 0
+
+
+def test_folds_keep_components_whole_and_hold_each_eligible_row_once():
+    component_n = np.repeat(np.arange(40), 3)
+    eligible = component_n >= 10
+    fold_n = folds(component_n, 5, seed=0, eligible=eligible)
+    assert (fold_n[~eligible] == -1).all() and set(fold_n[eligible]) == set(range(5))
+    for component in range(40):
+        assert len(set(fold_n[component_n == component])) == 1
+    assert np.bincount(fold_n[eligible]).tolist() == [18] * 5
+    assert not np.array_equal(fold_n, folds(component_n, 5, seed=1, eligible=eligible))
+    partly = eligible & (np.arange(120) != 119)  # one row of the last component may not be judged: none of it is
+    assert (folds(component_n, 5, seed=0, eligible=partly)[-3:] == -1).all()
+    with pytest.raises(ValueError, match="at least 50 eligible components, got 30"):
+        folds(component_n, 50, seed=0, eligible=eligible)

@@ -106,7 +106,7 @@ def prepare(logs: Logs, features_nd: np.ndarray, design: Design, config: Causal 
     if not np.isfinite(features_nd).all():
         raise ValueError("features: expected finite numbers, got NaN or infinity")
     design = _with_missing_indicators(design, logs)
-    first_n, row_of_log_n = _equal_rows(logs, design)
+    first_n, row_of_log_n = _equal_rows(logs, features_nd, design)
     scaling: dict[str, Any] = {"text.column": logs.roles.text}
     outcome_n, exposure_n, precision_n, offset = _outcome(logs, design, first_n, row_of_log_n, scaling)
     logs_u = logs.take(first_n)
@@ -229,14 +229,16 @@ def _counts(design: Design) -> bool:
     return design.family == "binomial" or design.response == "empirical_logit"
 
 
-def _equal_rows(logs: Logs, design: Design) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each set of rows that are equal in text and design, and each row's set."""
+def _equal_rows(logs: Logs, features_nd: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
+    """First row of each set of rows that are equal in text, features and design, and each row's set."""
     if not _counts(design) or not logs.roles.exposure or logs.roles.weight:
         return np.arange(len(logs)), np.arange(len(logs))
     names = [logs.roles.text]
     for term in design.terms:
         names += [term.column, *term.instruments]
-    codes = np.stack([logs.codes(name) for name in names], 1)
+    seen: dict[bytes, int] = {}
+    features_n = np.array([seen.setdefault(row.tobytes(), len(seen)) for row in features_nd])
+    codes = np.stack([features_n, *[logs.codes(name) for name in names]], 1)
     _, first_n, row_of_log_n = np.unique(codes, axis=0, return_index=True, return_inverse=True)
     return first_n, row_of_log_n.reshape(-1)
 

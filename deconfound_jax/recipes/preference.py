@@ -73,6 +73,9 @@ def align_jointly(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.
         raise ValueError(
             f"joint: expected one model row a log row, got {len(prepared.rows.outcome_n)} for {len(tokens_nl)}"
         )
+    total = float(np.sum(prepared.rows.weight_n))
+    if joint.warm_rows > total:
+        raise ValueError(f"joint.warm_rows: expected at most the log's {total:g} rows, got {joint.warm_rows}")
     groups_mg = form_groups(codes_n, len(tokens_nl), config.group_size, seed)
     reference_n = text_logprobs(decoder, reference, tokens_nl)
     text = prepared.spec.blocks[0]

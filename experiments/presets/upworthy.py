@@ -58,3 +58,15 @@ def upworthy_smoke() -> Run:
         dpo=Dpo(steps=6, groups=4, group_size=4, evaluate_every=3, samples=16, learning_rate=1e-3),
         checkpoint_every=5,
     )
+
+
+def logs() -> Run:
+    """Your own logs: counts of exposures under the roles you name, one split, the decoder's features."""
+    return dataclasses.replace(
+        upworthy(),
+        name="logs",
+        roles=Roles(),
+        logs=LogsSource(),
+        causal=Causal(response="empirical_logit", draws=256),
+        features=Features(source="tokens", states="both", pooling="mean"),
+    )
