@@ -71,10 +71,17 @@ def logs_page(config: Run, results: Mapping[str, Any], plan: Any, logs: Any, fit
         value_n = train.columns[column]
         clouds.append(pages.Cloud(column, value_n, means, {
             m: ab.confounder_correlation(r, value_n) for m, r in means.items()}))  # fmt: skip
-    shares = [{"column": c, "share a split by group alone would have leaked": s} for c, s in plan.leaked.items()]
+    shares = [
+        {
+            "what": f"held-out rows that a split by group alone would have shared {column} with training",
+            "found": f"{share:.1%}",
+        }
+        for column, share in plan.leaked.items()
+    ]
     page = dataclasses.replace(
         _common(config, config.roles, posterior, prepared, logs.fingerprint, verdict),
         title=f"{config.name}: rewards from real logs, judged on randomized arms",
+        limits=(*LIMITS[:2], "Policies are judged after their last step, each at the KL its row states."),
         summary="Rewards fitted with and without the confounders' effect, scored on held-out randomized arms.",
         examples=_examples(config, train.text, at_train),
         clouds=clouds,
@@ -151,22 +158,20 @@ def _examples(config: Run, texts: list[str], rewards: Mapping[str, Any]) -> list
     rank = {m: np.argsort(np.argsort(r.mean)) for m, r in (("naive", rewards["naive"]), ("best", best))}
     order = np.argsort(rank["best"] - rank["naive"])
     half = config.report.n_examples // 2
+    order = order[np.sort(np.unique([texts[i] for i in order], return_index=True)[1])]  # a text once
     pick = [*order[:half], *order[-(config.report.n_examples - half) :]]
     return [
         pages.Example(texts[i], float(rewards["naive"].mean[i]), float(best.mean[i]), float(best.sd[i])) for i in pick
     ]
 
 
-def _checks(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
-    return [
-        {
-            "method": m,
-            "fit": p.diagnostics["method"],
-            "status": p.status,
-            "Pareto k": float(p.diagnostics.get("pareto_k", np.nan)),
-        }
-        for m, p in posteriors.items()
-    ]
+def _checks(posteriors: Mapping[str, Posterior]) -> list[dict[str, str]]:
+    rows = []
+    for method, posterior in posteriors.items():
+        k = posterior.diagnostics.get("pareto_k")
+        found = posterior.status + (f", Pareto k {k:.2f} (limit 0.7)" if k is not None else "")
+        rows.append({"what": f"{method}: {posterior.diagnostics['method']} fit", "found": found})
+    return rows
 
 
 def _two(rewards: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
