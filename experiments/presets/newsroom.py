@@ -2,7 +2,8 @@
 
 command   python -m experiments.align --preset newsroom --workdir runs/newsroom
 hardware  two CPU cores, no accelerator
-expect    the deconfounded policy above naive and covariate at equal KL in 5 of 5 seeds
+time      3 minutes, compilation included
+expect    true share at equal KL: naive 0.50, covariate 0.39, deconfounded 0.59, ahead in 5 of 5 seeds
 
 Hyperparameters were chosen on seeds 100 and 101; the demo's seeds were not used for it.
 """
