@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from deconfound_jax.align.logprobs import sequence_logprob
 from deconfound_jax.causal.fit import fit_prepared
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.reward import Reward, model_form
@@ -25,9 +24,8 @@ from deconfound_jax.evaluate import truth
 from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.features import cached, read_features
-from deconfound_jax.models.sample import sample
 from deconfound_jax.recipes.preference import align, dpo_stage
-from deconfound_jax.recipes.reference import decoder_features, sft_stage, train_reference
+from deconfound_jax.recipes.reference import decoder_features, policy_sampler, sft_stage, train_reference
 from deconfound_jax.recipes.stage import Record
 from deconfound_jax.structs import Logs, fingerprint
 from experiments import rundir
@@ -117,13 +115,11 @@ def learn(config: Run, plan: Plan, logs: Logs, workdir: epath.Path, on_step=None
 def kl_evaluator(decoder: Decoder, reference: Any, config: Run, seed: int) -> Callable:
     """(state, step) -> KL to the reference in nats a text, from `dpo.samples` draws of the policy."""
 
-    @jax.jit
-    def draw(params, key):
-        tokens_nl, own_n = sample(decoder, params, key, config.dpo.samples, config.decoder.length)
-        return own_n, sequence_logprob(decoder.apply, reference, tokens_nl)
+    draw = policy_sampler(decoder, config.dpo.samples)
 
     def evaluator(state, step):
-        mean, error = truth.kl(*(np.asarray(a) for a in draw(state.params, jax.random.key(10_000 + seed))))
+        _, own_n, reference_n = draw(state.params, reference, jax.random.key(10_000 + seed))
+        mean, error = truth.kl(np.asarray(own_n), np.asarray(reference_n))
         return {"kl": mean, "kl_error": error}
 
     return evaluator

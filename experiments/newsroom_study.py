@@ -15,7 +15,6 @@ import numpy as np
 from etils import epath
 
 from deconfound_jax.align.joint import posterior_draws
-from deconfound_jax.align.logprobs import sequence_logprob
 from deconfound_jax.causal.fit import fit_prepared
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.reward import Reward, model_form
@@ -25,9 +24,8 @@ from deconfound_jax.evaluate import truth
 from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.params import save_params
-from deconfound_jax.models.sample import sample
 from deconfound_jax.recipes.preference import align, align_jointly, dpo_stage, joint_stage
-from deconfound_jax.recipes.reference import decoder_features, sft_stage, train_reference
+from deconfound_jax.recipes.reference import decoder_features, policy_sampler, sft_stage, train_reference
 from deconfound_jax.recipes.stage import Record, Stage
 from deconfound_jax.simulate import newsroom
 from deconfound_jax.structs import Design, Logs
@@ -87,13 +85,13 @@ def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | Non
 def compile_once(config: Run) -> Compiled:
     words = tokenizer.closed(newsroom.vocabulary(config.simulation))
     decoder = Decoder(config.decoder, words.size)
-
-    @jax.jit
-    def draw(params, reference, key):
-        tokens_nl, logprob_n = sample(decoder, params, key, config.dpo.samples, config.decoder.length)
-        return tokens_nl, logprob_n, sequence_logprob(decoder.apply, reference, tokens_nl)
-
-    return Compiled(decoder, words, sft_stage(decoder, config.sft), dpo_stage(decoder, config.dpo), draw)
+    return Compiled(
+        decoder,
+        words,
+        sft_stage(decoder, config.sft),
+        dpo_stage(decoder, config.dpo),
+        policy_sampler(decoder, config.dpo.samples),
+    )
 
 
 def designs(config: Run) -> dict[str, Design]:

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import optax
 
 from deconfound_jax.align.groups import GroupBatch, pair_index
-from deconfound_jax.align.losses import weighted_mean
 from deconfound_jax.align.preference import dpo_objective
+from deconfound_jax.align.update import update_policy
 from deconfound_jax.causal import conditional
 from deconfound_jax.causal.reward import precision_weight, prefer
 from deconfound_jax.causal.terms import Rows, Spec
@@ -117,21 +117,15 @@ def joint_step(apply: Callable, spec: Spec, config: Joint, optimizer: optax.Grad
         key = jax.random.fold_in(key, state.step)
         causal = update_causal(spec, config, state.causal, batch.rows)
         groups = jax.lax.stop_gradient(label_groups(batch, text_draws(spec, causal, config.draws, key), weighting))
-
-        def loss_of(params):
-            per_example, weight, penalty, metrics = objective(params, frozen, groups, key)
-            return weighted_mean(per_example, weight) + penalty, metrics
-
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state, metrics = update_policy(
+            objective, optimizer, state.params, state.opt_state, frozen, groups, key
+        )
         warm = causal.seen >= config.warm_rows
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(warm, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         psi = conditional.constrain(spec, causal.raw)
         metrics = {**metrics, **{f"psi.{name}": value for name, value in psi.items()}, "seen": causal.seen}
-        metrics |= {"loss": loss, "grad_norm": jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))}
         return state._replace(params=params, opt_state=opt_state, causal=causal, step=state.step + 1), metrics
 
     return step

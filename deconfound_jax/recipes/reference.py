@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from deconfound_jax.align.losses.likelihood import token_nll
 from deconfound_jax.config import Features, Sft
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.features import pool
+from deconfound_jax.models.sample import sample
 from deconfound_jax.models.tokenizer import PAD
 from deconfound_jax.recipes.stage import Record, Stage
 from deconfound_jax.train.loop import run_stage
@@ -57,6 +59,18 @@ def train_reference(
 def text_logprobs(decoder: Decoder, params: Any, tokens_nl: np.ndarray) -> np.ndarray:
     """Log-probability of each text (n,), in nats."""
     return _chunks(_logprob, decoder, params, tokens_nl)
+
+
+def policy_sampler(decoder: Decoder, samples: int) -> Callable:
+    """Compiled (params, reference, key) -> texts drawn from a policy (n, l), their log-probability under it and
+    under the reference, (n,) nats each: what a KL estimate needs."""
+
+    @jax.jit
+    def draw(params, reference, key):
+        tokens_nl, own_n = sample(decoder, params, key, samples, decoder.config.length)
+        return tokens_nl, own_n, sequence_logprob(decoder.apply, reference, tokens_nl)
+
+    return draw
 
 
 def decoder_features(decoder: Decoder, params: Any, tokens_nl: np.ndarray, config: Features) -> np.ndarray:

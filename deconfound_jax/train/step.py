@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from deconfound_jax.align.losses import weighted_mean
+from deconfound_jax.align.update import update_policy
 from deconfound_jax.train.mesh import make_mesh, replicate
 
 
@@ -53,15 +53,9 @@ def make_step(objective: Callable, optimizer: optax.GradientTransformation) -> C
 
     def step(state: TrainState, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
-
-        def loss_of(params):
-            per_example, weight, penalty, metrics = objective(params, frozen, batch, key)
-            return weighted_mean(per_example, weight) + penalty, metrics
-
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {**metrics, "loss": loss, "grad_norm": _norm(grads)}
+        params, opt_state, metrics = update_policy(
+            objective, optimizer, state.params, state.opt_state, frozen, batch, key
+        )
         return TrainState(params, opt_state, state.causal, state.step + 1), metrics
 
     return jit_step(step)
@@ -94,8 +88,3 @@ def schedule(learning_rate: float, steps: int, warmup_share: float = 0.1) -> opt
         return learning_rate * jnp.where(count < warmup, rising, 0.5 * (1 + jnp.cos(jnp.pi * progress)))
 
     return rate
-
-
-def _norm(tree: Any) -> jax.Array:
-    # optax's own has two names in the versions supported, the older one with a warning.
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
