@@ -15,15 +15,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-FAMILIES = ("normal", "binomial")
-RESPONSES = ("identity", "empirical_logit")
-TERM_KINDS = ("linear", "category", "intercept", "endogenous")
+from deconfound_jax.design import Design as Design
+from deconfound_jax.design import Term as Term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +32,14 @@ class Roles:
     outcome: str = "outcome"  # what happened: a number, or a count of `exposure`
     exposure: str = ""  # how often the text was shown (trials of a binomial)
     confounders: tuple[str, ...] = ()  # settled before the text is shown
+    embedding: tuple[str, ...] = ()  # confounders that are an array a row: an article, a prompt
+    treatment: str = ""  # a declared scalar treatment: its effect is wanted, too
+    observed: str = ""  # 1 where the outcome was seen, 0 where it was not (and may be empty)
+    guardrail: str = ""  # a second outcome that must not get worse
     instruments: tuple[str, ...] = ()  # move the endogenous confounder and nothing else
+    prompt: str = ""  # what the text answers
+    arm: str = ""  # true where the row was randomized
+    propensity: str = ""  # probability with which the text was chosen to be shown
     weight: str = ""  # a row counts as this many rows
     time: str = ""  # orders rows for a split by time
     key: str = ""  # names a row uniquely; default: the row number
@@ -113,107 +118,6 @@ def fingerprint(columns: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()[:16]
 
 
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """One confounder's place in the design.
-
-    kind        linear      N(0, 1) coefficient on the standardised column
-                category    one effect a level, learned scale, plus the level's
-                            mean of the features (Mundlak): may confound
-                intercept   one effect a level, learned scale, no means: the level
-                            is declared independent of the text
-                endogenous  coefficient gamma plus a control function of the first
-                            stage on `instruments`
-    """
-
-    kind: str
-    column: str
-    instruments: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if self.kind not in TERM_KINDS:
-            raise ValueError(f"Term.kind: expected one of {TERM_KINDS}, got {self.kind!r}")
-        if (self.kind == "endogenous") != bool(self.instruments):
-            raise ValueError(
-                f"Term({self.kind}, {self.column}): instruments belong to an endogenous term, and it needs one"
-            )
-
-    def __str__(self) -> str:
-        inside = self.column if not self.instruments else f"{self.column} ~ {' + '.join(self.instruments)}"
-        return f"{self.kind}({inside})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Design:
-    """The causal assumptions as a value: family, response and one term a confounder.
-
-    `response="empirical_logit"` turns k of n into log((k + .5) / (n - k + .5)) for
-    the normal family, each row weighted by its sampling precision.
-    """
-
-    family: str = "normal"
-    terms: tuple[Term, ...] = ()
-    response: str = "identity"
-
-    def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise ValueError(f"Design.family: expected one of {FAMILIES}, got {self.family!r}")
-        if self.response not in RESPONSES:
-            raise ValueError(f"Design.response: expected one of {RESPONSES}, got {self.response!r}")
-        if self.response != "identity" and self.family != "normal":
-            raise ValueError(f"Design.response {self.response!r} belongs to the normal family, got {self.family!r}")
-        columns = [t.column for t in self.terms]
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"Design.terms: a column may carry one term, got {columns}")
-        if sum(t.kind == "endogenous" for t in self.terms) > 1:
-            raise ValueError("Design.terms: one endogenous confounder is supported")
-
-    @classmethod
-    def parse(cls, text: str, family: str = "normal", response: str = "identity") -> Design:
-        """Reads `category(week) + linear(hour) + endogenous(popularity ~ z1 + z2)`.
-
-        A bare column is linear. An empty text is a design without confounders.
-        Raises ValueError naming the piece that could not be read.
-        """
-        terms = []
-        for piece in _split_outside_parentheses(text):
-            bare = re.fullmatch(r"[\w.]+", piece)
-            call = re.fullmatch(r"(\w+)\(\s*([\w.]+)\s*(?:~\s*(.+?))?\s*\)", piece)
-            if bare:
-                terms.append(Term("linear", piece))
-            elif call and call[1] in TERM_KINDS:
-                instruments = tuple(z.strip() for z in call[3].split("+")) if call[3] else ()
-                terms.append(Term(call[1], call[2], instruments))
-            else:
-                raise ValueError(
-                    f"design: cannot read {piece!r}; expected column, or kind(column) with kind in {TERM_KINDS}"
-                )
-        return cls(family, tuple(terms), response)
-
-    @property
-    def endogenous(self) -> Term | None:
-        return next((t for t in self.terms if t.kind == "endogenous"), None)
-
-    def without_instruments(self) -> Design:
-        """The design of someone who takes the endogenous confounder for an ordinary covariate."""
-        terms = tuple(Term("linear", t.column) if t.kind == "endogenous" else t for t in self.terms)
-        return dataclasses.replace(self, terms=terms)
-
-    def without_terms(self) -> Design:
-        """The naive design: outcome on text, nothing else."""
-        return dataclasses.replace(self, terms=())
-
-    def __str__(self) -> str:
-        return " + ".join(map(str, self.terms))
-
-    def to_json(self) -> dict[str, Any]:
-        return {"family": self.family, "terms": str(self), "response": self.response}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Design:
-        return cls.parse(data["terms"], data["family"], data["response"])
-
-
 class Pairs(NamedTuple):
     """Preferences inside groups of texts: pair p of group b compares texts i < j.
 
@@ -228,20 +132,3 @@ class Pairs(NamedTuple):
 def dump_json(data: Mapping[str, Any]) -> str:
     """JSON with a stable order and no NaN: what must be read again fails when written."""
     return json.dumps(data, indent=2, sort_keys=True, allow_nan=False)
-
-
-def _split_outside_parentheses(text: str) -> Sequence[str]:
-    pieces, depth, current = [], 0, ""
-    for letter in text:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "+" and depth == 0:
-            pieces.append(current.strip())
-            current = ""
-        else:
-            current += letter
-    pieces.append(current.strip())
-    if depth:
-        raise ValueError(f"design: unbalanced parentheses in {text!r}")
-    if pieces == [""]:
-        return []
-    return pieces

@@ -80,7 +80,7 @@ def test_residual_form_of_an_instrumented_design_takes_gamma_and_control_out(sma
     first = {"first.intercept": [0.1, -0.1], "first.text": [[0.2, 0.0], [0.0, 0.3]]}
     first |= {"first.instruments": [[0.7], [0.4]], "first.sigma": [0.5, 0.25]}
     prepared, _, posterior = small("endogenous(p ~ z)", **first, gamma=[1.5, 2.0], control=[0.3, -0.2])
-    x, z, p = prepared.rows.columns_nq[:, :2], prepared.rows.columns_nq[:, 2], prepared.rows.endogenous_n
+    x, z, p = prepared.rows.columns_nq[:, :2], prepared.rows.columns_nq[:, 2], prepared.rows.endogenous_nm[:, 0]
     e0 = (p - 0.1 - 0.2 * x[:, 0] - 0.7 * z) / 0.5
     e1 = (p + 0.1 - 0.3 * x[:, 1] - 0.4 * z) / 0.25
     part_sn = np.stack([1.5 * p + 0.3 * e0, 2.0 * p - 0.2 * e1])

@@ -14,24 +14,29 @@ from numpyro.infer.util import log_density
 
 from deconfound_jax.causal import conditional, nested
 from deconfound_jax.causal.model import causal_model
-from deconfound_jax.causal.terms import Block, Levels, Rows, Spec, empirical_logit, prepare
+from deconfound_jax.causal.scalars import constrain, controls, gammas, log_prior, scalars, sd_of
+from deconfound_jax.causal.spec import FLAT_SD, Block, Levels, Rows, Spec, equations_of
+from deconfound_jax.causal.terms import empirical_logit, prepare
+from deconfound_jax.design import FAMILIES
 from deconfound_jax.structs import Design
 
 TEXT, HOUR = Block("text", 0, 3), Block("hour", 3, 4, 1.0)
 WEEK, SITE = Levels("week", 0, 6), Levels("site", 1, 4)
 PUSH = Block("instruments", 4, 6, 1.0)
+ONE, TWO, GUARD = equations_of(("p",)), equations_of(("p", "q")), equations_of(("p",), "harm")
+SMOOTH = Block("hour", 3, 4, None, (1.3,))
 SPECS = {
-    "text alone": Spec("normal", (TEXT,), (), None),
-    "levels": Spec("normal", (TEXT, HOUR), (WEEK, SITE), None),
-    "instruments": Spec("normal", (TEXT, HOUR), (), PUSH, gamma_sd=2.0, control_sd=0.7),
-    "instruments and levels": Spec("normal", (TEXT, HOUR), (WEEK, SITE), PUSH, gamma_sd=1.5),
-    "orthogonal": Spec("normal", (TEXT, HOUR), (WEEK, SITE), None, orthogonal=True),
-    "orthogonal with instruments": Spec("normal", (TEXT, HOUR), (WEEK,), PUSH, orthogonal=True),
+    "text alone": Spec("normal", (TEXT,), ()),
+    "levels": Spec("normal", (TEXT, HOUR), (WEEK, SITE)),
+    "instruments": Spec("normal", (TEXT, HOUR), (), PUSH, gamma_sd=2.0, control_sd=0.7, equations=ONE),
+    "instruments and levels": Spec("normal", (TEXT, HOUR), (WEEK, SITE), PUSH, gamma_sd=1.5, equations=ONE),
+    "two endogenous": Spec("normal", (TEXT, HOUR), (WEEK, SITE), PUSH, gamma_sd=1.5, equations=TWO),
+    "endogenous and guardrail": Spec("normal", (TEXT, SMOOTH), (WEEK,), PUSH, equations=GUARD),
+    "absorbed": Spec("normal", (TEXT, SMOOTH), (WEEK._replace(absorbed=True), SITE)),
+    "orthogonal": Spec("normal", (TEXT, HOUR), (WEEK, SITE), orthogonal=True),
+    "orthogonal with instruments": Spec("normal", (TEXT, HOUR), (WEEK,), PUSH, orthogonal=True, equations=ONE),
+    "orthogonal with two endogenous": Spec("normal", (TEXT, HOUR), (WEEK,), PUSH, orthogonal=True, equations=TWO),
 }
-PSI = {
-    "text.scale": 0.4, "week.scale": 0.6, "site.scale": 0.3, "sigma": 0.7, "first.text.scale": 0.5,
-    "first.week.scale": 0.2, "first.site.scale": 0.9, "first.sigma": 0.8, "control": -0.6,
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +49,8 @@ def double():
 def test_collapsed_likelihood_is_the_dense_normal_density(spec):
     rows, dense = _rows(spec), _dense(spec)
     found = conditional.solve(spec, conditional.moments(spec, rows), _psi(spec))
-    cov = dense.design @ np.diag(1 / dense.prior) @ dense.design.T + np.diag(dense.noise)
-    expected = scipy.stats.multivariate_normal.logpdf(dense.target, np.zeros(len(cov)), cov)
+    cov = dense.design @ np.diag(1 / dense.prior) @ dense.design.T + np.eye(len(dense.target))
+    expected = dense.log_jacobian + scipy.stats.multivariate_normal.logpdf(dense.target, np.zeros(len(cov)), cov)
     np.testing.assert_allclose(found.log_likelihood, expected, rtol=1e-9)
 
 
@@ -63,26 +68,25 @@ def test_mean_is_generalised_ridge(spec):
         np.testing.assert_allclose(found_sd, sd[span], rtol=0.06, err_msg=name)
 
 
-@pytest.mark.parametrize("spec", list(SPECS.values())[:4], ids=list(SPECS)[:4])
+@pytest.mark.parametrize("spec", list(SPECS.values())[:7], ids=list(SPECS)[:7])
 def test_model_and_algebra_are_one_model(spec):
     """log p(y, theta | psi) - log p(theta | y, psi) = log p(y | psi) at any theta."""
     rows, dense, psi = _rows(spec), _dense(spec), _psi(spec)
     precision, mean = _ridge(dense)
     expected = conditional.solve(spec, conditional.moments(spec, rows), psi).log_likelihood
-    observed = {"outcome": rows.outcome_n} | ({"endogenous": rows.endogenous_n} if spec.endogenous else {})
+    observed = {"outcome": rows.outcome_n, "endogenous": rows.endogenous_nm}
+    single = {name for e in (None, *spec.equations) for _, name in gammas(spec, e)}
     for theta in np.random.default_rng(3).normal(size=(2, len(mean))):
         sites, log_scale = dict(psi), 0.0
         for name, span in dense.spans.items():
-            if name.endswith("intercept") or name == "gamma":
+            if name.endswith("intercept") or name in single:
                 sites[name] = theta[span][0]
                 continue
-            scale = dense.prior[span][0] ** -0.5
+            scale = dense.prior[span] ** -0.5
             sites[f"{name}.raw"] = theta[span] / scale
-            log_scale += len(theta[span]) * np.log(scale)
+            log_scale += np.log(scale).sum()
         joint = log_density(causal_model, (spec, rows), observed, sites)[0] - log_scale
-        for name, value in psi.items():
-            law = scipy.stats.norm(0, spec.control_sd) if name == "control" else scipy.stats.halfnorm()
-            joint = joint - law.logpdf(value)
+        joint = joint - sum(s.prior.log_prob(psi[s.name]) for s in scalars(spec))
         square = (theta - mean) @ precision @ (theta - mean)
         posterior = 0.5 * (np.linalg.slogdet(precision / (2 * np.pi))[1] - square)
         np.testing.assert_allclose(joint - posterior, expected, rtol=1e-9)
@@ -90,15 +94,11 @@ def test_model_and_algebra_are_one_model(spec):
 
 def test_log_prior_is_that_of_half_normals_on_the_log_scale():
     spec, rng = SPECS["instruments"], np.random.default_rng(0)
-    one, two = rng.normal(size=(2, len(conditional.layout(spec).names)))
-
-    def by_hand(raw):
-        scales = scipy.stats.halfnorm.logpdf(np.exp(raw[:-1])) + raw[:-1]  # the Jacobian of exp
-        return scales.sum() + scipy.stats.norm.logpdf(raw[-1], 0, spec.control_sd)
-
-    found = conditional.log_prior(spec, jnp.asarray(one)) - conditional.log_prior(spec, jnp.asarray(two))
-    np.testing.assert_allclose(found, by_hand(one) - by_hand(two))
-    psi = conditional.constrain(spec, jnp.asarray(one))
+    one = rng.normal(size=len(scalars(spec)))
+    scales = scipy.stats.halfnorm.logpdf(np.exp(one[:-1])) + one[:-1]  # the Jacobian of exp
+    expected = scales.sum() + scipy.stats.norm.logpdf(one[-1], 0, spec.control_sd)
+    np.testing.assert_allclose(log_prior(spec, jnp.asarray(one)), expected)
+    psi = constrain(spec, jnp.asarray(one))
     np.testing.assert_allclose([psi["sigma"], psi["control"]], [np.exp(one[1]), one[-1]])
 
 
@@ -125,7 +125,7 @@ def test_absorbed_levels_equal_one_hot_columns():
 
 
 def test_newton_finds_the_mode_and_its_gradient_is_right():
-    spec = Spec("binomial", (TEXT,), (WEEK,), None)
+    spec = Spec("binomial", (TEXT,), (WEEK,))
     rng = np.random.default_rng(0)
     rows = _rows(spec)._replace(outcome_n=rng.binomial(30, 0.1, 24) * 1.0, exposure_n=np.full(24, 30.0), offset=-2.0)
     rows, raw = jax.tree.map(jnp.asarray, rows), jnp.log(jnp.asarray([0.5, 0.8]))
@@ -141,27 +141,29 @@ def test_newton_finds_the_mode_and_its_gradient_is_right():
     eta_n = nested.newton(spec, rows, raw, jnp.zeros(24))
     np.testing.assert_allclose(eta_n, hot @ theta, atol=1e-5)
 
-    data = nested.Counts(rows, jnp.zeros(24), jnp.zeros(()))
+    data = nested.Working(rows, jnp.zeros(24), jnp.zeros(()))
     (value, _), gradient = nested._value_and_gradient(spec, data, raw)
     rate = scipy.special.expit(rows.offset + hot @ theta)
     hessian = np.diag(prior) + (hot * (rows.weight_n * 30 * rate * (1 - rate))[:, None]).T @ hot
     binomial = rows.weight_n @ scipy.stats.binom.logpmf(rows.outcome_n, 30, rate)
     laplace = binomial + 0.5 * (np.log(prior).sum() - theta @ (prior * theta) - np.linalg.slogdet(hessian)[1])
-    np.testing.assert_allclose(-value, laplace + conditional.log_prior(spec, raw), rtol=1e-6)
+    np.testing.assert_allclose(-value, laplace + log_prior(spec, raw), rtol=1e-6)
     for i in range(2):
         step = 1e-4 * jnp.eye(2)[i]
         up, down = (nested._value_and_gradient(spec, data, raw + s)[0][0] for s in (step, -step))
         np.testing.assert_allclose(gradient[i], (up - down) / 2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["normal", "binomial"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_model_draws_what_it_is_not_given(family):
-    spec = SPECS["instruments and levels"]._replace(family=family)
-    rows = _rows(spec)._replace(exposure_n=np.full(24, 9.0))
+    spec = SPECS["two endogenous"]._replace(family=family, categories=4 if family == "ordinal" else 0)
+    rows = _rows(spec)._replace(exposure_n=np.full(24, 1.0 if family == "bernoulli" else 9.0))
     outcome_n = seed_handler(causal_model, jax.random.key(0))(spec, rows)
     assert outcome_n.shape == (24,)
     assert np.isfinite(outcome_n).all() and len(np.unique(outcome_n)) > 1
-    assert family == "normal" or set(np.unique(outcome_n)) <= set(range(10))
+    top = {"bernoulli": 1, "binomial": 9, "beta_binomial": 9, "ordinal": 3}.get(family, np.inf)
+    whole = family not in ("normal", "student_t")
+    assert not whole or ((outcome_n >= 0) & (outcome_n <= top) & (outcome_n == np.round(outcome_n))).all()
 
 
 def test_prepare_standardises_with_weights_and_remembers_the_way_back(log_of):
@@ -206,7 +208,7 @@ def test_a_column_named_like_a_site_keeps_its_own(log_of):
     logs = log_of({"outcome": rng.normal(size=6), "gamma": rng.normal(size=6), "features": rng.normal(size=6)})
     prepared = prepare(logs, rng.normal(size=(6, 2)), Design.parse("intercept(text) + gamma + features"))
     plan = conditional.layout(prepared.spec)
-    sites = [name for name, _, _ in plan.outcome_sites] + [plan.absorbed.name]
+    sites = [name for name, _, _ in plan.sites] + [plan.absorbed.name]
     assert sorted(sites) == ["column.features", "column.gamma", "column.text", "intercept", "text"]
     assert prepared.scaling["features.mean"].shape == (2,)
 
@@ -241,11 +243,13 @@ def test_empirical_logit_by_hand():
 
 
 def _mean_sites(spec, solution):
-    return conditional.sites(spec, solution, solution.mean_d, jnp.zeros_like(solution.level_linear_cm))
+    return conditional.sites(spec, solution, solution.mean_d, jnp.zeros_like(solution.level_linear_um))
 
 
 def _psi(spec):
-    return {name: jnp.asarray(PSI[name]) for name in conditional.layout(spec).names}
+    """A value for every scalar, positive where it must be; fixed by its place."""
+    value = np.random.default_rng(5).uniform(0.3, 0.9, len(scalars(spec)))
+    return {s.name: jnp.asarray(v if s.positive else -v) for s, v in zip(scalars(spec), value, strict=True)}
 
 
 def _rows(spec, n=24):
@@ -258,43 +262,45 @@ def _rows(spec, n=24):
         root_n = np.sqrt(weight_n)[:, None]
         columns_nq[:, :3] = np.linalg.qr(columns_nq[:, :3] * root_n)[0] * [[3.0, 2.0, 1.0]] / root_n
     levels_nc = np.stack([np.arange(n) % 6, rng.integers(4, size=n)], 1)
-    p_n, y_n = rng.normal(size=(2, n)) + columns_nq[:, :1].T
-    return Rows(columns_nq, levels_nc, y_n + p_n, p_n * spec.endogenous, np.ones(n), precision_n, weight_n, 0.0)
+    values = rng.normal(size=(n, 1 + len(spec.equations))) + columns_nq[:, :1]
+    ones, outcome_n = np.ones(n), values.sum(1)
+    return Rows(columns_nq, levels_nc, outcome_n, values[:, 1:], ones, precision_n, weight_n, ones, 0.0)
 
 
 def _dense(spec):
-    """The model given psi as target = design theta + noise, both equations stacked, weight 2 as two rows."""
-    rows, psi = _rows(spec), PSI
+    """The model given psi as target = design theta + N(0, I), every row whitened, weight 2 as two rows."""
+    rows, psi = _rows(spec), _psi(spec)
     twice = np.repeat(np.arange(len(rows.weight_n)), rows.weight_n.astype(int))
-    columns, levels = rows.columns_nq[twice], rows.levels_nc[twice]
-    p, y = rows.endogenous_n[twice], rows.outcome_n[twice]
+    columns, levels, values = rows.columns_nq[twice], rows.levels_nc[twice], rows.endogenous_nm[twice]
+    order = (*spec.equations, None)
 
-    def equation(blocks, prefix):
-        parts = [(prefix + "intercept", np.ones((len(y), 1)), 1.0)]
-        for b in blocks:
-            parts.append((prefix + b.name, columns[:, b.start : b.stop], b.sd or psi[f"{prefix}{b.name}.scale"]))
+    def equation(e):
+        prefix = e.prefix if e else ""
+        parts = [(prefix + "intercept", np.ones((len(twice), 1)), 1.0)]
+        for b in spec.blocks_of(e):
+            parts.append((prefix + b.name, columns[:, b.start : b.stop], sd_of(psi, prefix, b)))
         for v in spec.levels:
-            parts.append((prefix + v.name, np.eye(v.count)[levels[:, v.column]], psi[f"{prefix}{v.name}.scale"]))
-        return parts
+            sd = FLAT_SD if v.absorbed else psi[f"{prefix}{v.name}.scale"]
+            parts.append((prefix + v.name, np.eye(v.count)[levels[:, v.column]], sd))
+        return parts + [(name, values[:, i : i + 1], spec.gamma_sd) for i, name in gammas(spec, e)]
 
-    parts, noise, target = equation(spec.blocks, ""), psi["sigma"] ** 2 / rows.precision_n[twice], y
-    upper = [values for _, values, _ in parts]
-    if spec.endogenous:
-        k, first = psi["control"] / psi["first.sigma"], equation(spec.first_blocks, "first.")
-        parts += [("gamma", p[:, None], spec.gamma_sd), *first]
-        upper += [p[:, None], *[-k * values for _, values, _ in first]]
-        lower = np.concatenate([v for _, v, _ in first], 1)
-        lower = np.concatenate([np.zeros((len(y), sum(u.shape[1] for u in upper) - lower.shape[1])), lower], 1)
-        noise = np.concatenate([noise, np.full(len(y), psi["first.sigma"] ** 2)])
-        target = np.concatenate([y - k * p, p])
-    design = np.concatenate(upper, 1)
-    design = np.concatenate([design, lower]) if spec.endogenous else design
-    ends = np.cumsum([values.shape[1] for _, values, _ in parts])
-    spans = {name: slice(end - values.shape[1], end) for (name, values, _), end in zip(parts, ends, strict=True)}
-    prior = np.concatenate([np.full(values.shape[1], sd**-2.0) for _, values, sd in parts])
-    return SimpleNamespace(design=design, noise=noise, target=target, prior=prior, spans=spans)
+    factor = np.diag([*(psi[f"{e.prefix}sigma"] for e in spec.equations), psi["sigma"]]).astype(float)
+    for place, name in controls(spec):
+        factor[place] = psi[name]
+    scale = np.ones((len(twice), len(order)))
+    scale[:, -1] = np.sqrt(rows.precision_n[twice])  # of the outcome's own noise
+    white = np.linalg.inv(factor)[None] * scale[:, :, None]  # (row, error, variable)
+    parts = [(i, *part) for i, e in enumerate(order) for part in equation(e)]
+    design = np.concatenate([(white[:, :, i, None] * v[:, None, :]).reshape(-1, v.shape[1]) for i, _, v, _ in parts], 1)
+    observed = np.concatenate([values, rows.outcome_n[twice, None]], 1)
+    target = np.einsum("nki,ni->nk", white, observed).reshape(-1)
+    ends = np.cumsum([v.shape[1] for _, _, v, _ in parts])
+    spans = {name: slice(end - v.shape[1], end) for (_, name, v, _), end in zip(parts, ends, strict=True)}
+    prior = np.concatenate([np.broadcast_to(sd, v.shape[1]) ** -2.0 for _, _, v, sd in parts])
+    jacobian = np.log(np.abs(np.linalg.det(white))).sum()
+    return SimpleNamespace(design=design, target=target, prior=prior, spans=spans, log_jacobian=jacobian)
 
 
 def _ridge(dense):
-    precision = (dense.design / dense.noise[:, None]).T @ dense.design + np.diag(dense.prior)
-    return precision, np.linalg.solve(precision, (dense.design / dense.noise[:, None]).T @ dense.target)
+    precision = dense.design.T @ dense.design + np.diag(dense.prior)
+    return precision, np.linalg.solve(precision, dense.design.T @ dense.target)

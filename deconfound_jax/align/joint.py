@@ -26,7 +26,8 @@ from deconfound_jax.align.preference import dpo_objective
 from deconfound_jax.align.update import update_policy
 from deconfound_jax.causal import conditional
 from deconfound_jax.causal.reward import precision_weight, prefer
-from deconfound_jax.causal.terms import Rows, Spec
+from deconfound_jax.causal.scalars import constrain, log_prior, start
+from deconfound_jax.causal.spec import Rows, Spec
 from deconfound_jax.config import Joint
 
 
@@ -53,9 +54,7 @@ def init_causal(spec: Spec, rows: Rows, config: Joint) -> CausalState:
     """The state before any row: zero moments, scales at 0.3, c0 at 0."""
     like = jax.eval_shape(lambda: conditional.moments(spec, rows))
     empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), like)
-    raw = jnp.full(len(conditional.layout(spec).names), jnp.log(0.3), jnp.float32)
-    if spec.endogenous:
-        raw = raw.at[-1].set(0.0)
+    raw = jnp.asarray(start(spec), jnp.float32)
     return CausalState(empty, raw, _adam(config).init(raw), jnp.zeros((), jnp.float32))
 
 
@@ -64,8 +63,8 @@ def update_causal(spec: Spec, config: Joint, state: CausalState, rows: Rows) -> 
     stats = jax.tree.map(jnp.add, state.moments, conditional.moments(spec, rows))
 
     def loss(raw):
-        solution = conditional.solve(spec, stats, conditional.constrain(spec, raw))
-        return -(solution.log_likelihood + conditional.log_prior(spec, raw)) / jnp.maximum(stats.rows, 1.0)
+        solution = conditional.solve(spec, stats, constrain(spec, raw))
+        return -(solution.log_likelihood + log_prior(spec, raw)) / jnp.maximum(stats.rows, 1.0)
 
     def step(carry, _):
         raw, opt_state = carry
@@ -83,7 +82,7 @@ def text_draws(spec: Spec, state: CausalState, draws: int, key: jax.Array) -> ja
 
 def posterior_draws(spec: Spec, state: CausalState, draws: int, key: jax.Array) -> dict[str, jax.Array]:
     """Joint draws (s, ...) of every site given psi; psi itself is a point, the same in every draw."""
-    psi = conditional.constrain(spec, state.raw)
+    psi = constrain(spec, state.raw)
     solution = conditional.solve(spec, state.moments, psi)
     sites = jax.vmap(lambda k: conditional.draw(spec, solution, k))(jax.random.split(key, draws))
     return sites | {name: jnp.full(draws, value) for name, value in psi.items()}
@@ -124,7 +123,7 @@ def joint_step(apply: Callable, spec: Spec, config: Joint, optimizer: optax.Grad
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(warm, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        psi = conditional.constrain(spec, causal.raw)
+        psi = constrain(spec, causal.raw)
         metrics = {**metrics, **{f"psi.{name}": value for name, value in psi.items()}, "seen": causal.seen}
         return state._replace(params=params, opt_state=opt_state, causal=causal, step=state.step + 1), metrics
 

@@ -1,9 +1,9 @@
 """Outcome families: how a linear predictor becomes an outcome.
 
-A family states three things about a row with predictor eta, outcome y and
-exposure n: its NumPyro distribution, its log-likelihood's first two derivatives
-in eta (for Newton steps), and the sampling variance of its working response.
-To add one, write a class with these methods and name it in `FAMILIES`.
+A family states its own scalars with their priors, its NumPyro distribution, its
+mean on the response scale, and a lower bound of its information (for Newton
+steps); derivatives come from the distribution itself. To add one, write a class
+with these methods and name it in `FAMILIES` and in `design.FAMILIES`.
 """
 
 from __future__ import annotations
@@ -12,35 +12,193 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 
+from deconfound_jax.causal.spec import Scalar, Spec
 
-class Normal:
-    """y ~ N(eta, sigma^2 / precision), on the standardised scale of y."""
+_CUT_GAP = 0.5  # prior median of a gap between neighbouring cut points is exp of this less one half, in logits
 
-    has_sigma = True  # one learned residual scale
-    conjugate = True  # the conditional posterior of linear effects is closed form
+
+class Family:
+    """What the families share. eta is the linear predictor without the rows' offset."""
+
+    conjugate = False  # True: the conditional posterior of linear effects is closed form
+    counts = False  # the outcome is a count of an exposure, rows equal in everything may be summed
 
     @staticmethod
-    def distribution(eta_n, rows, sigma):
-        return dist.Normal(eta_n, sigma / jnp.sqrt(rows.precision_n))
+    def scalars(spec: Spec) -> tuple[Scalar, ...]:
+        """The family's own scalars."""
+        return ()
+
+    @classmethod
+    def distribution(cls, eta_n, rows, psi) -> dist.Distribution:
+        """NumPyro distribution of the outcome given eta (n,) and the scalars by name."""
+        raise NotImplementedError
+
+    @classmethod
+    def mean(cls, eta_n, rows, psi):
+        """E[y | eta] per unit of exposure: a rate, a probability, a mean, an expected grade."""
+        raise NotImplementedError
+
+    @classmethod
+    def floor(cls, eta_n, rows, psi):
+        """Information that a row is granted at least: a tenth of a cheap expected information."""
+        return jnp.full_like(eta_n, 1e-6)
+
+    @classmethod
+    def curvature(cls, eta_n, rows, psi):
+        """First and negated second derivative of the log-likelihood in eta, (n,) each; the second floored."""
+
+        def total(eta_n):
+            return cls.distribution(eta_n, rows, psi).log_prob(rows.outcome_n).sum()
+
+        first_n, second_n = jax.jvp(jax.grad(total), (eta_n,), (jnp.ones_like(eta_n),))
+        return first_n, jnp.maximum(-second_n, cls.floor(eta_n, rows, psi))
 
 
-class Binomial:
-    """y ~ Binomial(n, sigmoid(offset + eta)); the offset is the log's overall logit."""
+class Normal(Family):
+    """y ~ N(eta, sigma^2 / precision), on the standardised scale of y."""
 
-    has_sigma = False
+    conjugate = True
+
+    @staticmethod
+    def scalars(spec: Spec) -> tuple[Scalar, ...]:
+        return (Scalar("sigma", dist.HalfNormal(1.0), True),)
+
+    @classmethod
+    def distribution(cls, eta_n, rows, psi):
+        return dist.Normal(eta_n, psi["sigma"] / jnp.sqrt(rows.precision_n))
+
+    @classmethod
+    def mean(cls, eta_n, rows, psi):
+        return eta_n
+
+
+class StudentT(Normal):
+    """y ~ t_nu(eta, sigma / sqrt(precision)), nu = 2 + 1 / tail^2: heavy tails, finite variance."""
+
     conjugate = False
 
     @staticmethod
-    def distribution(eta_n, rows, sigma=None):
+    def scalars(spec: Spec) -> tuple[Scalar, ...]:
+        return (*Normal.scalars(spec), Scalar("tail", dist.HalfNormal(1.0), True))
+
+    @classmethod
+    def distribution(cls, eta_n, rows, psi):
+        df = 2 + psi["tail"] ** -2
+        return dist.StudentT(df, eta_n, psi["sigma"] / jnp.sqrt(rows.precision_n))
+
+    @classmethod
+    def floor(cls, eta_n, rows, psi):
+        df = 2 + psi["tail"] ** -2
+        return 0.1 * (df + 1) / (df + 3) * rows.precision_n / psi["sigma"] ** 2
+
+
+class Binomial(Family):
+    """y ~ Binomial(n, sigmoid(offset + eta)); the offset is the log's overall logit."""
+
+    counts = True
+
+    @classmethod
+    def distribution(cls, eta_n, rows, psi):
         trials_n = jnp.asarray(rows.exposure_n).astype(int)  # its sampler indexes by them
         return dist.Binomial(total_count=trials_n, logits=rows.offset + eta_n)
 
-    @staticmethod
-    def curvature(eta_n, rows):
-        """First and negated second derivative of the log-likelihood in eta, (n,) each."""
-        rate_n = jax.nn.sigmoid(rows.offset + eta_n)
+    @classmethod
+    def mean(cls, eta_n, rows, psi):
+        return jax.nn.sigmoid(rows.offset + eta_n)
+
+    @classmethod
+    def curvature(cls, eta_n, rows, psi):
+        rate_n = cls.mean(eta_n, rows, psi)
         first_n = rows.outcome_n - rows.exposure_n * rate_n
         return first_n, jnp.maximum(rows.exposure_n * rate_n * (1 - rate_n), 1e-9)
 
 
-FAMILIES = {"normal": Normal, "binomial": Binomial}
+class Bernoulli(Binomial):
+    """y ~ Bernoulli(sigmoid(offset + eta)): binomial with one trial a row; equal rows are summed."""
+
+
+class BetaBinomial(Binomial):
+    """y ~ BetaBinomial(n, mu k, (1 - mu) k), mu = sigmoid(offset + eta), k = 1 / dispersion^2."""
+
+    @staticmethod
+    def scalars(spec: Spec) -> tuple[Scalar, ...]:
+        return (Scalar("dispersion", dist.HalfNormal(1.0), True),)
+
+    @classmethod
+    def distribution(cls, eta_n, rows, psi):
+        concentration = psi["dispersion"] ** -2
+        rate_n = cls.mean(eta_n, rows, psi)
+        trials_n = jnp.asarray(rows.exposure_n).astype(int)
+        return dist.BetaBinomial(rate_n * concentration, (1 - rate_n) * concentration, trials_n)
+
+    @classmethod
+    def floor(cls, eta_n, rows, psi):
+        rate_n, share = cls.mean(eta_n, rows, psi), 1 / (psi["dispersion"] ** -2 + 1)
+        return 0.1 * rows.exposure_n * rate_n * (1 - rate_n) / (1 + (rows.exposure_n - 1) * share) + 1e-9
+
+    curvature = Family.curvature
+
+
+class Poisson(Family):
+    """y ~ Poisson(exposure exp(offset + eta)); the offset is the log's overall log rate."""
+
+    counts = True
+
+    @classmethod
+    def distribution(cls, eta_n, rows, psi):
+        return dist.Poisson(rows.exposure_n * cls.mean(eta_n, rows, psi))
+
+    @classmethod
+    def mean(cls, eta_n, rows, psi):
+        return jnp.exp(rows.offset + eta_n)
+
+    @classmethod
+    def floor(cls, eta_n, rows, psi):
+        return jnp.full_like(eta_n, 1e-9)
+
+
+class NegativeBinomial(Poisson):
+    """y ~ NB(mean m = exposure exp(offset + eta), variance m + m^2 dispersion^2)."""
+
+    @staticmethod
+    def scalars(spec: Spec) -> tuple[Scalar, ...]:
+        return (Scalar("dispersion", dist.HalfNormal(1.0), True),)
+
+    @classmethod
+    def distribution(cls, eta_n, rows, psi):
+        return dist.NegativeBinomial2(rows.exposure_n * cls.mean(eta_n, rows, psi), psi["dispersion"] ** -2)
+
+
+class Ordinal(Family):
+    """P(y <= k) = sigmoid(cut_k - eta): proportional odds; cut_0 and the gaps are learned."""
+
+    @staticmethod
+    def scalars(spec: Spec) -> tuple[Scalar, ...]:
+        gaps = [Scalar(f"cut.gap{k}", dist.LogNormal(_CUT_GAP - 0.5, 0.7), True) for k in range(1, spec.categories - 1)]
+        return (*gaps, Scalar("cut.first", dist.Normal(-1.0, 1.5), False))
+
+    @classmethod
+    def cuts(cls, psi):
+        """Cut points (categories - 1,), increasing."""
+        gaps = [psi[f"cut.gap{k}"] for k in range(1, len([n for n in psi if n.startswith("cut.")]))]
+        return psi["cut.first"] + jnp.cumsum(jnp.stack([jnp.zeros_like(psi["cut.first"]), *gaps]))
+
+    @classmethod
+    def distribution(cls, eta_n, rows, psi):
+        return dist.OrderedLogistic(eta_n, cls.cuts(psi))
+
+    @classmethod
+    def mean(cls, eta_n, rows, psi):
+        return jax.nn.sigmoid(eta_n[..., None] - cls.cuts(psi)).sum(-1)
+
+
+FAMILIES = {
+    "normal": Normal,
+    "student_t": StudentT,
+    "bernoulli": Bernoulli,
+    "binomial": Binomial,
+    "beta_binomial": BetaBinomial,
+    "poisson": Poisson,
+    "negative_binomial": NegativeBinomial,
+    "ordinal": Ordinal,
+}

@@ -1,12 +1,12 @@
 """The causal model: one NumPyro function that fits, predicts and simulates.
 
-    p   = first stage(x, c, z) + s1 e,  e ~ N(0, 1)         (endogenous design only)
-    eta = intercept + f(x) + sum_k g_k(c_k) + gamma p + c0 e
+    p_k = first stage(x, c, z) + sum_{j<k} c_kj e_j + s_k e_k,   e ~ N(0, I)     (endogenous design only)
+    eta = intercept + f(x) + sum_k g_k(c_k) + gamma'p + c0'e
     y   ~ Family(eta)
 
-f and every g_k are blocks (`terms`). The coefficients of a learned block are
-written as scale times a standard normal, so that samplers see no funnel. Source:
-the control-function form of a triangular system; DeconfoundLM (2506.00152).
+f and every g_k are blocks or levels (`spec`). The coefficients of a learned block
+are written as scale times a standard normal, so that samplers see no funnel.
+Source: the control-function form of a triangular system; DeconfoundLM (2506.00152).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpyro
 import numpyro.distributions as dist
 
 from deconfound_jax.causal.families import FAMILIES
-from deconfound_jax.causal.terms import Block, Levels, Rows, Spec
+from deconfound_jax.causal.scalars import gammas, scalars, sd_of
+from deconfound_jax.causal.spec import FLAT_SD, Equation, Rows, Spec
 
 
 def causal_model(spec: Spec, rows: Rows, outcome=None, endogenous=None):
@@ -26,42 +27,49 @@ def causal_model(spec: Spec, rows: Rows, outcome=None, endogenous=None):
       spec: its static shape.
       rows: columns, codes, exposure, precision and weight of n rows.
       outcome: (n,) observed outcome, or None to draw one (predict, simulate).
-      endogenous: (n,) observed endogenous confounder, or None to draw it.
+      endogenous: (n, m) observed variables of the equations before the outcome's, or None to draw them.
 
     Returns:
       The outcome (n,): observed or drawn.
 
-    Sites: intercept, text, <term>, their .scale, sigma, gamma, control (c0), and
-    the same under "first." for the first stage; all on standardised scales.
+    Sites: intercept, text, <term>, their .scale, the family's own, gamma, control
+    (c0), and the same under the prefix of every equation before the outcome's;
+    all on standardised scales.
     """
-    family = FAMILIES[spec.family]
+    psi = {s.name: numpyro.sample(s.name, s.prior) for s in scalars(spec)}
     weighted = numpyro.handlers.scale(scale=jnp.asarray(rows.weight_n))
-    eta_n = numpyro.sample("intercept", dist.Normal(0.0, 1.0)) + _effects(spec.blocks, spec.levels, rows, "")
-    if spec.endogenous:
-        mean_n = numpyro.sample("first.intercept", dist.Normal(0.0, 1.0))
-        mean_n = mean_n + _effects(spec.first_blocks, spec.levels, rows, "first.")
-        s1 = numpyro.sample("first.sigma", dist.HalfNormal(1.0))
-        gamma = numpyro.sample("gamma", dist.Normal(0.0, spec.gamma_sd))
-        control = numpyro.sample("control", dist.Normal(0.0, spec.control_sd))
+    values, errors = [], []
+    for i, equation in enumerate(spec.equations):
+        mean_n = _mean(spec, rows, equation, psi, values, errors)
+        seen_n = None if endogenous is None else endogenous[:, i]
+        scale = psi[f"{equation.prefix}sigma"]
+        name = "endogenous" if len(spec.equations) == 1 else f"endogenous.{equation.column}"
         with weighted:
-            p_n = numpyro.sample("endogenous", dist.Normal(mean_n, s1), obs=endogenous)
-        eta_n = eta_n + gamma * p_n + control * (p_n - mean_n) / s1
-    sigma = numpyro.sample("sigma", dist.HalfNormal(1.0)) if family.has_sigma else None
+            values.append(numpyro.sample(name, dist.Normal(mean_n, scale), obs=seen_n))
+        errors.append((values[-1] - mean_n) / scale)
+    eta_n = _mean(spec, rows, None, psi, values, errors)
     with weighted:
-        return numpyro.sample("outcome", family.distribution(eta_n, rows, sigma), obs=outcome)
+        return numpyro.sample("outcome", FAMILIES[spec.family].distribution(eta_n, rows, psi), obs=outcome)
 
 
-def _effects(blocks: tuple[Block, ...], levels: tuple[Levels, ...], rows: Rows, prefix: str):
-    total_n = jnp.zeros(rows.columns_nq.shape[0])
-    for block in blocks:
-        values_nk = rows.columns_nq[:, block.start : block.stop]
-        total_n = total_n + values_nk @ _coefficients(prefix + block.name, block.stop - block.start, block.sd)
-    for level in levels:
-        total_n = total_n + _coefficients(prefix + level.name, level.count, None)[rows.levels_nc[:, level.column]]
+def _mean(spec: Spec, rows: Rows, equation: Equation | None, psi, values, errors):
+    """Mean (n,) of one equation given the variables and errors before it."""
+    prefix = equation.prefix if equation else ""
+    total_n = numpyro.sample(f"{prefix}intercept", dist.Normal(0.0, 1.0)) * jnp.ones(rows.columns_nq.shape[0])
+    for block in spec.blocks_of(equation):
+        columns_nk = rows.columns_nq[:, block.start : block.stop]
+        sd = sd_of(psi, prefix, block)
+        total_n = total_n + columns_nk @ _coefficients(prefix + block.name, block.stop - block.start, sd)
+    for level in spec.levels:
+        sd = FLAT_SD if level.absorbed else psi[f"{prefix}{level.name}.scale"]
+        total_n = total_n + _coefficients(prefix + level.name, level.count, sd)[rows.levels_nc[:, level.column]]
+    for i, name in gammas(spec, equation):
+        total_n = total_n + numpyro.sample(name, dist.Normal(0.0, spec.gamma_sd)) * values[i]
+    for equation_j, error_n in zip(spec.equations, errors, strict=False):
+        total_n = total_n + psi[f"{prefix}control{equation_j.suffix}"] * error_n
     return total_n
 
 
-def _coefficients(name: str, size: int, sd: float | None):
-    scale = numpyro.sample(f"{name}.scale", dist.HalfNormal(1.0)) if sd is None else sd
+def _coefficients(name: str, size: int, sd):
     raw = numpyro.sample(f"{name}.raw", dist.Normal(0.0, 1.0).expand([size]).to_event(1))
-    return numpyro.deterministic(name, scale * raw)
+    return numpyro.deterministic(name, sd * raw)

@@ -24,7 +24,8 @@ import scipy.optimize
 from deconfound_jax.causal import conditional, proposal
 from deconfound_jax.causal.diagnostics import PARETO_LIMIT, pareto_k
 from deconfound_jax.causal.families import FAMILIES
-from deconfound_jax.causal.terms import Rows, Spec
+from deconfound_jax.causal.scalars import constrain, gammas, log_prior, scalars, start
+from deconfound_jax.causal.spec import Equation, Rows, Spec
 
 NEWTON_STEPS = 40  # at most; from a near start four are enough
 _NEWTON_TOLERANCE = 1e-8  # of eta, in the link's units
@@ -49,14 +50,14 @@ def fit_nested(spec: Spec, rows: Rows, draws: int, seed: int) -> tuple[dict[str,
         rows = Rows(*[jnp.asarray(field) for field in rows])
         rows = rows._replace(**{f: getattr(rows, f).astype(float) for f in rows._fields if f != "levels_nc"})
         conjugate = FAMILIES[spec.family].conjugate
-        data = _moments(spec, rows) if conjugate else Counts(rows, jnp.zeros_like(rows.outcome_n), jnp.zeros(()))
+        data = _moments(spec, rows) if conjugate else Working(rows, jnp.zeros_like(rows.outcome_n), jnp.zeros(()))
         mode, covariance, gradient, data = _mode(spec, data)
         psi, weights, k = _importance(spec, data, mode, covariance, draws, seed)
         pick = _resample(weights, draws, seed)
         keys = jax.random.split(jax.random.key(seed), draws)
         found = jax.tree.map(np.asarray, _draw_all(spec, data, jnp.asarray(psi[pick]), keys))
     if rotation_dd is not None:
-        found |= {name: found[name] @ rotation_dd.T for name in ("text", "first.text") if name in found}
+        found |= {n: found[n] @ rotation_dd.T for n in ["text", *(f"{e.prefix}text" for e in spec.equations)]}
     effective = float(1 / np.sum(weights**2))
     moved = 0.0 if conjugate else float(data.moved)
     still = moved < 1e-3 and gradient < 1e-2 * max(1.0, float(rows.weight_n.shape[0]) ** 0.5)
@@ -64,7 +65,7 @@ def fit_nested(spec: Spec, rows: Rows, draws: int, seed: int) -> tuple[dict[str,
     return found, {**diagnostics, "converged": bool(k <= PARETO_LIMIT and still)}
 
 
-class Counts(NamedTuple):
+class Working(NamedTuple):
     """Rows of a family without closed form, and where Newton's steps on theta start."""
 
     rows: Rows
@@ -89,34 +90,41 @@ def newton(spec: Spec, rows: Rows, raw: jax.Array, eta_n: jax.Array, steps: int 
 
 def newton_step(spec: Spec, rows: Rows, raw: jax.Array, eta_n: jax.Array) -> jax.Array:
     """One step, bounded so that it cannot overshoot to rate 0 or 1."""
-    psi = conditional.constrain(spec, raw)
-    solution = conditional.solve(spec, surrogate(spec, rows, eta_n), psi)
-    return eta_n + jnp.clip(linear_predictor(spec, rows, solution, psi) - eta_n, -4.0, 4.0)
+    psi = constrain(spec, raw)
+    solution = conditional.solve(spec, surrogate(spec, rows, eta_n, psi), psi)
+    found = conditional.sites(spec, solution, solution.mean_d, jnp.zeros_like(solution.level_linear_um))
+    return eta_n + jnp.clip(linear_predictor(spec, rows, found | psi) - eta_n, -4.0, 4.0)
 
 
-def surrogate(spec: Spec, rows: Rows, eta_n: jax.Array) -> conditional.Moments:
+def surrogate(spec: Spec, rows: Rows, eta_n: jax.Array, psi) -> conditional.Moments:
     """Cross products of the quadratic that touches the log-likelihood at eta."""
     family = FAMILIES[spec.family]
-    first_n, information_n = family.curvature(eta_n, rows)
-    log_prob_n = family.distribution(eta_n, rows).log_prob(rows.outcome_n)
+    first_n, information_n = family.curvature(eta_n, rows, psi)
+    log_prob_n = family.distribution(eta_n, rows, psi).log_prob(rows.outcome_n)
     constant = jnp.sum(rows.weight_n * (log_prob_n + 0.5 * first_n**2 / information_n))
     return conditional.moments(spec, rows, eta_n + first_n / information_n, information_n, constant)
 
 
-def linear_predictor(spec: Spec, rows: Rows, solution: conditional.Solution, psi) -> jax.Array:
-    """eta (n,) at the conditional mean of theta."""
-    found = conditional.sites(spec, solution, solution.mean_d, jnp.zeros_like(solution.level_linear_cm))
-    eta_n = predict(spec, rows, found, "")
-    if spec.endogenous:
-        residual_n = rows.endogenous_n - predict(spec, rows, found, "first.")
-        eta_n = eta_n + found["gamma"] * rows.endogenous_n + psi["control"] / psi["first.sigma"] * residual_n
-    return eta_n
+def linear_predictor(spec: Spec, rows: Rows, found) -> jax.Array:
+    """eta (n,) of the outcome at one value of every site, psi among them."""
+    errors = []
+    for equation, value_n in zip((*spec.equations, None), (*rows.endogenous_nm.T, None), strict=True):
+        mean_n = exogenous(spec, rows, found, equation)
+        prefix = equation.prefix if equation else ""
+        for i, name in gammas(spec, equation):
+            mean_n = mean_n + found[name] * rows.endogenous_nm[:, i]
+        for before, error_n in zip(spec.equations, errors, strict=False):
+            mean_n = mean_n + found[f"{prefix}control{before.suffix}"] * error_n
+        if equation:
+            errors.append((value_n - mean_n) / found[f"{prefix}sigma"])
+    return mean_n
 
 
-def predict(spec: Spec, rows: Rows, found, prefix: str) -> jax.Array:
+def exogenous(spec: Spec, rows: Rows, found, equation: Equation | None) -> jax.Array:
     """Sum of one equation's exogenous effects (n,)."""
-    total_n = found[prefix + "intercept"] * jnp.ones(rows.columns_nq.shape[0])
-    for block in spec.first_blocks if prefix else spec.blocks:
+    prefix = equation.prefix if equation else ""
+    total_n = found[f"{prefix}intercept"] * jnp.ones(rows.columns_nq.shape[0])
+    for block in spec.blocks_of(equation):
         total_n = total_n + rows.columns_nq[:, block.start : block.stop] @ found[prefix + block.name]
     for level in spec.levels:
         total_n = total_n + found[prefix + level.name][rows.levels_nc[:, level.column]]
@@ -132,9 +140,11 @@ def _orthogonalise(spec: Spec, rows: Rows):
     Returns:
       spec, rows, and the rotation (d, d), or None where nothing was done.
     """
-    d = spec.blocks[0].stop
-    alike = not spec.endogenous or np.ptp(rows.precision_n) == 0
-    if not (FAMILIES[spec.family].conjugate and alike and d > max([v.count for v in spec.levels], default=0)):
+    text = spec.blocks[0]
+    d, alike = text.stop, not spec.endogenous or np.ptp(rows.precision_n) == 0
+    ridge = text.prior == "ridge" and not text.spectrum
+    wide = d > max([v.count for v in spec.levels], default=0)
+    if not (FAMILIES[spec.family].conjugate and alike and ridge and wide):
         return spec, rows, None
     text_nd = np.asarray(rows.columns_nq[:, :d], float)
     scaled_nd = text_nd * np.asarray(rows.weight_n * rows.precision_n)[:, None]
@@ -157,14 +167,14 @@ def _stats(spec: Spec, data, raw):
     raw_fixed, start_n = jax.lax.stop_gradient((raw, data.eta_n))
     eta_n = jax.lax.stop_gradient(newton(spec, data.rows, raw_fixed, start_n))
     last_n = newton_step(spec, data.rows, raw, eta_n)
-    near = jax.lax.stop_gradient(Counts(data.rows, last_n, jnp.abs(last_n - eta_n).max()))
-    return surrogate(spec, data.rows, last_n), near
+    near = jax.lax.stop_gradient(Working(data.rows, last_n, jnp.abs(last_n - eta_n).max()))
+    return surrogate(spec, data.rows, last_n, constrain(spec, raw)), near
 
 
 def _negative_log_posterior(spec: Spec, data, raw):
     stats, data = _stats(spec, data, raw)
-    solution = conditional.solve(spec, stats, conditional.constrain(spec, raw))
-    value = solution.log_likelihood + conditional.log_prior(spec, raw)
+    solution = conditional.solve(spec, stats, constrain(spec, raw))
+    value = solution.log_likelihood + log_prior(spec, raw)
     return jnp.where(jnp.isfinite(value), -value, 1e12), data
 
 
@@ -180,7 +190,7 @@ def _log_posteriors(spec: Spec, data, raw_mk):
 def _draw_all(spec: Spec, data, raw_sk, keys):
     def one(pair):
         raw, key = pair
-        psi = conditional.constrain(spec, raw)
+        psi = constrain(spec, raw)
         return psi | conditional.draw(spec, conditional.solve(spec, _stats(spec, data, raw)[0], psi), key)
 
     return jax.lax.map(one, (raw_sk, keys))
@@ -188,11 +198,8 @@ def _draw_all(spec: Spec, data, raw_sk, keys):
 
 def _mode(spec: Spec, data):
     """Mode of psi, its covariance by differences of the gradient, the gradient's size there, and a near start."""
-    n = len(conditional.layout(spec).names)
-    start = np.full(n, np.log(0.3))
-    bounds = [(-9.0, 4.0)] * n
-    if spec.endogenous:
-        start[-1], bounds[-1] = 0.0, (None, None)
+    begin, n = np.asarray(start(spec)), len(scalars(spec))
+    bounds = [(-9.0, 4.0) if s.positive else (None, None) for s in scalars(spec)]
 
     def value_and_gradient(raw):
         nonlocal data
@@ -202,7 +209,7 @@ def _mode(spec: Spec, data):
         return float(value), np.asarray(gradient)
 
     found = scipy.optimize.minimize(
-        value_and_gradient, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"gtol": _GRADIENT}
+        value_and_gradient, begin, jac=True, method="L-BFGS-B", bounds=bounds, options={"gtol": _GRADIENT}
     )
     step = 1e-3
     columns = []

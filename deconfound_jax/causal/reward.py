@@ -185,8 +185,8 @@ def _effect_of_text(posterior: Posterior, features_nd: np.ndarray) -> np.ndarray
 def _endogenous_part(posterior: Posterior, prepared: Prepared) -> np.ndarray:
     rows, spec = prepared.rows, prepared.spec
     first_su = posterior["first.intercept"][:, None] + _exogenous(posterior, prepared, spec.first_blocks, "first.")
-    error_su = (rows.endogenous_n[None, :] - first_su) / posterior["first.sigma"][:, None]
-    return posterior["gamma"][:, None] * rows.endogenous_n[None, :] + posterior["control"][:, None] * error_su
+    error_su = (rows.endogenous_nm[None, :, 0] - first_su) / posterior["first.sigma"][:, None]
+    return posterior["gamma"][:, None] * rows.endogenous_nm[None, :, 0] + posterior["control"][:, None] * error_su
 
 
 def _exogenous(posterior: Posterior, prepared: Prepared, blocks, prefix: str) -> np.ndarray:

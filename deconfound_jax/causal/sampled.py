@@ -18,10 +18,10 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_value
 from numpyro.infer.util import log_density
 
-from deconfound_jax.causal.conditional import layout
 from deconfound_jax.causal.diagnostics import PARETO_LIMIT, pareto_k, split_rhat
 from deconfound_jax.causal.model import causal_model
-from deconfound_jax.causal.terms import Prepared, Rows, Spec
+from deconfound_jax.causal.scalars import scalars, sd_of
+from deconfound_jax.causal.spec import FLAT_SD, Prepared, Rows, Spec
 
 Draws = dict[str, np.ndarray]
 
@@ -81,8 +81,8 @@ def fit_svi(prepared: Prepared, start: Draws, draws: int, seed: int, steps: int 
 
 def _guide(spec: Spec, start: Draws):
     """A NumPyro guide in coordinates whitened by the draws in `start`, and its unpacking."""
-    local = {f"{prefix}{level.name}" for level in spec.levels for prefix in ("", "first.")}
-    positive = set(layout(spec).names) - {"control"}
+    local = {f"{prefix}{level.name}" for level in spec.levels for prefix in _prefixes(spec)}
+    positive = {s.name for s in scalars(spec) if s.positive}
     flat = {name: np.log(v) if name in positive else v for name, v in start.items()}
     wide = {name: v for name, v in flat.items() if name not in local}
     narrow = {name: v for name, v in flat.items() if name in local}
@@ -99,10 +99,9 @@ def _guide(spec: Spec, start: Draws):
         sites = wide_of(centre + chol @ white["wide"]) | narrow_of(middle + spread * white["narrow"])
         log_jacobian = constant + sum(sites[name].sum() for name in positive)
         sites = {name: jnp.exp(v) if name in positive else v for name, v in sites.items()}
-        for name, sd in _coefficients(spec):  # the data speak of scale times raw: Gaussian there, not in raw
-            scale = sites[f"{name}.scale"] if sd is None else jnp.asarray(sd)
-            log_jacobian = log_jacobian - sites[name].size * jnp.log(scale)
-            sites[f"{name}.raw"] = sites.pop(name) / scale
+        for name, sd in _coefficient_sds(spec, sites):  # the data speak of sd times raw: Gaussian there, not in raw
+            log_jacobian = log_jacobian - jnp.log(jnp.broadcast_to(sd, sites[name].shape)).sum()
+            sites[f"{name}.raw"] = sites.pop(name) / sd
         return sites, log_jacobian
 
     def guide(*args, **kwargs):
@@ -135,36 +134,49 @@ def _white_log_prob(params, white):
     return wide + dist.Normal(params["narrow.loc"], params["narrow.scale"]).log_prob(white["narrow"]).sum()
 
 
-def _coefficients(spec: Spec) -> list[tuple[str, float | None]]:
-    """Every site that the model writes as scale times raw, with its fixed sd or None."""
-    named = [(b.name, b.sd) for b in spec.blocks] + [(level.name, None) for level in spec.levels]
-    if spec.endogenous:
-        first = [(b.name, b.sd) for b in spec.first_blocks] + [(level.name, None) for level in spec.levels]
-        named += [(f"first.{name}", sd) for name, sd in first]
-    return named
+def _coefficient_sds(spec: Spec, sites) -> list[tuple[str, jax.Array]]:
+    """Every site that the model writes as sd times raw, with its sd (scalar, or one a coefficient)."""
+    found = []
+    for equation in (None, *spec.equations):
+        prefix = equation.prefix if equation else ""
+        found += [(prefix + b.name, jnp.asarray(sd_of(sites, prefix, b))) for b in spec.blocks_of(equation)]
+        for level in spec.levels:
+            sd = FLAT_SD if level.absorbed else sites[f"{prefix}{level.name}.scale"]
+            found.append((prefix + level.name, jnp.asarray(sd)))
+    return found
+
+
+def _prefixes(spec: Spec) -> list[str]:
+    return ["", *(equation.prefix for equation in spec.equations)]
 
 
 def _unscaled(spec: Spec, draws: Draws) -> Draws:
     """Draws of coefficients to draws of the model's own (raw) sites."""
-    raw = dict(draws)
-    for name, sd in _coefficients(spec):
-        scale = raw[f"{name}.scale"][:, None] if sd is None else sd
-        raw[f"{name}.raw"] = raw.pop(name) / scale
-    return raw
+
+    def one(sites):
+        raw = dict(sites)
+        for name, sd in _coefficient_sds(spec, sites):
+            raw[f"{name}.raw"] = raw.pop(name) / sd
+        return raw
+
+    return jax.tree.map(np.asarray, jax.vmap(one)(jax.tree.map(jnp.asarray, draws)))
 
 
 def _scaled(spec: Spec, draws) -> Draws:
     """The inverse of `_unscaled`."""
-    found = dict(draws)
-    for name, sd in _coefficients(spec):
-        scale = found[f"{name}.scale"][:, None] if sd is None else sd
-        found[name] = found.pop(f"{name}.raw") * scale
-    return found
+
+    def one(sites):
+        found = dict(sites)
+        for name, sd in _coefficient_sds(spec, sites):
+            found[name] = found.pop(f"{name}.raw") * sd
+        return found
+
+    return jax.vmap(one)(draws)
 
 
 def _observed(spec: Spec, rows: Rows) -> dict:
     observed = {"outcome": rows.outcome_n}
-    return observed | ({"endogenous": rows.endogenous_n} if spec.endogenous else {})
+    return observed | ({"endogenous": rows.endogenous_nm} if spec.endogenous else {})
 
 
 def _single(rows: Rows) -> Rows:

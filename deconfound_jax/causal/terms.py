@@ -1,89 +1,25 @@
-"""A design and a log become arrays: the blocks that the causal model is made of.
+"""A design and a log become the arrays of a causal model.
 
-Every exogenous part of the linear predictor is a block: dense columns times
-coefficients, or one coefficient a level. A block's prior is N(0, sd^2) with `sd`
-fixed or, where `sd` is None, learned with a HalfNormal(1) prior. The NumPyro
-model (`model`) and its conditional algebra (`conditional`) both read the blocks,
-so a term is added here and nowhere else: write a function that returns its
-columns, and name it in `BUILDERS`.
+`prepare` standardises, sums equal rows, asks `builders` for every term's columns,
+and lays the pieces side by side. What each array means is written in `spec`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-
 import numpy as np
 
+from deconfound_jax.causal.builders import BUILDERS, Context, numeric, site_of, standardise
+from deconfound_jax.causal.families import FAMILIES
+from deconfound_jax.causal.spec import Block, Head, Levels, Prepared, Rows, Spec, equations_of
 from deconfound_jax.config import Causal
 from deconfound_jax.structs import Design, Logs, Term
 
-
-class Block(NamedTuple):
-    """Columns `start:stop` of `Rows.columns_nq` under one prior."""
-
-    name: str
-    start: int
-    stop: int
-    sd: float | None = None
+__all__ = ["Block", "Levels", "Prepared", "Rows", "Spec", "empirical_logit", "prepare", "site_of"]
 
 
-class Levels(NamedTuple):
-    """One effect for each of `count` levels, codes in `Rows.levels_nc[:, column]`."""
-
-    name: str
-    column: int
-    count: int
-
-
-class Spec(NamedTuple):
-    """The static shape of a causal model (hashable: one spec, one compilation)."""
-
-    family: str
-    blocks: tuple[Block, ...]  # of the outcome equation, "text" first
-    levels: tuple[Levels, ...]
-    instruments: Block | None  # further columns of the first stage
-    gamma_sd: float = 1.0
-    control_sd: float = 1.0
-    orthogonal: bool = False  # the text's columns are orthogonal under the rows' weights: `conditional` absorbs them
-
-    @property
-    def endogenous(self) -> bool:
-        return self.instruments is not None
-
-    @property
-    def first_blocks(self) -> tuple[Block, ...]:
-        """The first stage: every exogenous block of the outcome, and the instruments."""
-        return (*self.blocks, self.instruments) if self.instruments else ()
-
-
-class Rows(NamedTuple):
-    """The log as arrays, standardised. Fields are (n, ...) unless said otherwise."""
-
-    columns_nq: Any
-    levels_nc: Any  # int codes
-    outcome_n: Any  # standardised (normal) or counts (binomial)
-    endogenous_n: Any  # standardised; zeros without an endogenous term
-    exposure_n: Any  # trials; ones without exposure
-    precision_n: Any  # relative precision of the outcome
-    weight_n: Any  # a row counts as so many
-    offset: Any  # (): added to eta inside the link
-
-    def take(self, index) -> Rows:
-        """The rows at `index`."""
-        return Rows(*[field[index] for field in self[:-1]], self.offset)
-
-
-class Prepared(NamedTuple):
-    """What `prepare` returns: the model's shape, its arrays, and the way back to units."""
-
-    spec: Spec
-    rows: Rows
-    scaling: Mapping[str, Any]
-    row_of_log_n: np.ndarray  # row of the log -> row of `rows` (equal rows are summed)
-
-
-def prepare(logs: Logs, features_nd: np.ndarray, design: Design, config: Causal | None = None) -> Prepared:
+def prepare(
+    logs: Logs, features_nd: np.ndarray, design: Design, config: Causal | None = None, head: Head | None = None
+) -> Prepared:
     """Builds the model's arrays from a log and its text features.
 
     Features, outcome and numeric columns are standardised (mean 0, sd 1, a row of
@@ -92,9 +28,10 @@ def prepare(logs: Logs, features_nd: np.ndarray, design: Design, config: Causal 
 
     Args:
       logs: n validated rows.
-      features_nd: phi(x), one row of features a row of the log, any scale.
+      features_nd: phi(x), one row of features a row of the log, any scale; width 0: no text.
       design: the causal assumptions.
-      config: prior widths of gamma and c0.
+      config: prior widths and the prior of f.
+      head: f(x) as (init, apply) on the standardised features, in place of a linear effect.
 
     Raises:
       ValueError: features of the wrong length or not finite, an outcome that never
@@ -105,33 +42,34 @@ def prepare(logs: Logs, features_nd: np.ndarray, design: Design, config: Causal 
         raise ValueError(f"features: expected ({len(logs)}, d), one row a row of the log, got {features_nd.shape}")
     if not np.isfinite(features_nd).all():
         raise ValueError("features: expected finite numbers, got NaN or infinity")
+    config = config or Causal()
     design = _with_missing_indicators(design, logs)
     first_n, row_of_log_n = _equal_rows(logs, features_nd, design)
-    scaling: dict[str, Any] = {"text.column": logs.roles.text}
+    scaling: dict = {"text.column": logs.roles.text}
     outcome_n, exposure_n, precision_n, offset = _outcome(logs, design, first_n, row_of_log_n, scaling)
     logs_u = logs.take(first_n)
     weight_n = _weights(logs_u)
-    text_nd = _standardise(features_nd[first_n], weight_n, "features", scaling)
+    text_nd = standardise(features_nd[first_n], weight_n, "features", scaling)
+    context = Context(logs_u, text_nd, weight_n, scaling, np.zeros((len(first_n), 0)))
 
-    columns, blocks, codes, levels = [text_nd], [Block("text", 0, text_nd.shape[1])], [], []
-    for term in design.terms:
-        for name, values, sd in BUILDERS[term.kind](term, logs_u, text_nd, scaling):
-            if values.ndim == 1:
-                levels.append(Levels(name, len(codes), int(values.max()) + 1))
-                codes.append(values)
-            elif values.shape[1]:
-                blocks.append(Block(name, blocks[-1].stop, blocks[-1].stop + values.shape[1], sd))
-                columns.append(values)
-    instruments, endogenous_n = None, np.zeros(len(first_n))
-    if design.endogenous:
-        endogenous_n = _numeric(design.endogenous.column, logs_u, scaling)[:, 0]
-        columns += [_numeric(z, logs_u, scaling) for z in design.endogenous.instruments]
-        instruments = Block("instruments", blocks[-1].stop, blocks[-1].stop + len(design.endogenous.instruments), 1.0)
-    config = config or Causal()
-    spec = Spec(design.family, tuple(blocks), tuple(levels), instruments, config.gamma_sd, config.control_sd)
-    levels_nc = np.stack(codes, 1) if codes else np.zeros((len(first_n), 0), int)
-    columns_nq = np.concatenate(columns, 1)
-    rows = Rows(columns_nq, levels_nc, outcome_n, endogenous_n, exposure_n, precision_n, weight_n, offset)
+    blocks, columns, levels, codes, context = _pieces(design, context, _text_block(text_nd, config))
+    instruments, shared = None, tuple(dict.fromkeys(z for t in design.endogenous_terms for z in t.instruments))
+    if shared:
+        columns += [numeric(z, context) for z in shared]
+        instruments = Block("instruments", blocks[-1].stop, blocks[-1].stop + len(shared), 1.0)
+    names = tuple(t.column for t in design.endogenous_terms)
+    equations = equations_of(names, design.guardrail.column if design.guardrail else "")
+    endogenous = [numeric(e.column, context) for e in equations]
+    spec = Spec(
+        design.family, tuple(blocks), tuple(levels), instruments, config.gamma_sd, config.control_sd,
+        equations=equations, categories=int(scaling.get("outcome.categories", 0)), head=head,
+    )  # fmt: skip
+    empty = np.zeros((len(first_n), 0))
+    rows = Rows(
+        np.concatenate(columns, 1), np.stack(codes, 1) if codes else empty.astype(int), outcome_n,
+        np.concatenate(endogenous, 1) if endogenous else empty,
+        exposure_n, precision_n, weight_n, np.ones(len(first_n)), offset,
+    )  # fmt: skip
     return Prepared(spec, rows, scaling, row_of_log_n)
 
 
@@ -141,65 +79,35 @@ def empirical_logit(clicks_n: np.ndarray, shown_n: np.ndarray) -> tuple[np.ndarr
     return np.log(hit / miss), 1 / hit + 1 / miss
 
 
-def site_of(column: str) -> str:
-    """The site of a column's effect: its name, or `column.<name>` where the model has a site of that name."""
-    return f"column.{column}" if column in _RESERVED else column
+def _text_block(text_nd: np.ndarray, config: Causal) -> Block:
+    fixed = config.text_sd if text_nd.shape[1] else 1.0  # without text there is no scale to learn
+    return Block("text", 0, text_nd.shape[1], fixed, (), config.text_prior)
 
 
-def _linear(term: Term, logs: Logs, text_nd: np.ndarray, scaling: dict):
-    yield site_of(term.column), _numeric(term.column, logs, scaling), 1.0
-
-
-def _intercept(term: Term, logs: Logs, text_nd: np.ndarray, scaling: dict):
-    names, codes_n = np.unique(np.asarray(logs.columns[term.column]).astype(str), return_inverse=True)
-    scaling[f"{term.column}.names"] = names
-    yield site_of(term.column), codes_n, None
-
-
-def _category(term: Term, logs: Logs, text_nd: np.ndarray, scaling: dict):
-    """Levels plus the level's mean of the features (Mundlak 1978), rotated to its rank."""
-    (level,) = _intercept(term, logs, text_nd, scaling)
-    codes_n = level[1]
-    weight_n = _weights(logs)
-    counts_c = np.maximum(np.bincount(codes_n, weight_n), 1e-12)
-    means_cd = np.stack([np.bincount(codes_n, weight_n * column) / counts_c for column in text_nd.T], 1)
-    left, size, _ = np.linalg.svd(means_cd, full_matrices=False)
-    rank = int((size > 1e-8 * max(size[0], 1e-30)).sum())
-    scaling[f"{term.column}.means"] = means = (left * size[None, :])[:, :rank]
-    yield f"{site_of(term.column)}.means", means[codes_n], None
-    yield level
-
-
-def _endogenous(term: Term, logs: Logs, text_nd: np.ndarray, scaling: dict):
-    return ()  # no block of its own: `model` gives it gamma and a control function
-
-
-# Names the model, or the scaling beside it, already uses; `text` is the default name of a log's text column.
-_RESERVED = {"intercept", "text", "sigma", "gamma", "control", "instruments", "outcome", "endogenous", "features"}
-BUILDERS = {"linear": _linear, "category": _category, "intercept": _intercept, "endogenous": _endogenous}
+def _pieces(design: Design, context: Context, text: Block):
+    """Blocks and levels of every term, their columns and codes, and the context after the last."""
+    blocks, columns, levels, codes = [text], [context.text_nd], [], []
+    for term in design.terms:
+        for piece in BUILDERS[term.kind](term, context):
+            if piece.values.ndim == 1:
+                levels.append(Levels(piece.name, len(codes), int(piece.values.max()) + 1, piece.absorbed))
+                codes.append(piece.values)
+            elif piece.values.shape[1]:
+                stop = blocks[-1].stop + piece.values.shape[1]
+                blocks.append(Block(piece.name, blocks[-1].stop, stop, piece.sd, piece.spectrum))
+                columns.append(piece.values)
+                context = context._replace(columns_nk=np.concatenate([context.columns_nk, piece.values], 1))
+    return blocks, columns, levels, codes, context
 
 
 def _weights(logs: Logs) -> np.ndarray:
     return np.asarray(logs.columns[logs.roles.weight], np.float64) if logs.roles.weight else np.ones(len(logs))
 
 
-def _numeric(column: str, logs: Logs, scaling: dict) -> np.ndarray:
-    values_n1 = np.asarray(logs.columns[column], np.float64)[:, None]
-    return _standardise(values_n1, _weights(logs), site_of(column), scaling)
-
-
-def _standardise(values_nk: np.ndarray, weight_n: np.ndarray, name: str, scaling: dict) -> np.ndarray:
-    mean_k = np.average(values_nk, 0, weight_n)
-    sd_k = np.sqrt(np.average((values_nk - mean_k[None, :]) ** 2, 0, weight_n))
-    sd_k = np.where(sd_k > 1e-12, sd_k, 1.0)  # a constant feature stays zero
-    scaling[f"{name}.mean"], scaling[f"{name}.sd"] = mean_k, sd_k
-    return (values_nk - mean_k[None, :]) / sd_k[None, :]
-
-
 def _standardise_outcome(values_n: np.ndarray, weight_n: np.ndarray, scaling: dict) -> np.ndarray:
     if np.ptp(values_n) <= 1e-12 * np.abs(values_n).max():
         raise ValueError(f"outcome: expected values that differ, got {values_n[0]:g} in every row")
-    outcome_n = _standardise(values_n[:, None], weight_n, "outcome", scaling)[:, 0]
+    outcome_n = standardise(values_n[:, None], weight_n, "outcome", scaling)[:, 0]
     scaling["outcome.mean"], scaling["outcome.sd"] = scaling["outcome.mean"][0], scaling["outcome.sd"][0]
     return outcome_n
 
@@ -207,40 +115,55 @@ def _standardise_outcome(values_n: np.ndarray, weight_n: np.ndarray, scaling: di
 def _outcome(logs: Logs, design: Design, first_n, row_of_log_n, scaling):
     """Outcome, exposure, precision and offset of the summed rows."""
     ones, weight_n = np.ones(len(first_n)), _weights(logs)
-    if not _counts(design):
+    if design.family in ("normal", "student_t") and design.response == "identity":
         return _standardise_outcome(logs.outcome_n, weight_n, scaling), ones, ones, 0.0
-    if not logs.roles.exposure:
+    if design.family == "ordinal":
+        grades, codes_n = np.unique(logs.outcome_n, return_inverse=True)
+        if len(grades) < 2:
+            raise ValueError(f"outcome: expected values that differ, got {grades[0]:g} in every row")
+        scaling |= {"outcome.grades": grades, "outcome.categories": len(grades), "outcome.mean": 0.0, "outcome.sd": 1.0}
+        return codes_n.astype(float), ones, ones, 0.0
+    exposure = np.ones(len(logs)) if design.family == "bernoulli" or not logs.roles.exposure else logs.exposure_n
+    if not logs.roles.exposure and design.family not in ("bernoulli", "poisson", "negative_binomial"):
         raise ValueError(f"roles.exposure: expected a column of counts for {design.family}/{design.response}, got none")
     clicks_n = np.bincount(row_of_log_n, logs.outcome_n)
-    shown_n = np.bincount(row_of_log_n, logs.exposure_n)
-    logit_n, variance_n = empirical_logit(clicks_n, shown_n)
-    if design.family == "binomial":
-        offset = float(empirical_logit(weight_n @ logs.outcome_n, weight_n @ logs.exposure_n)[0])
-        scaling["outcome.mean"], scaling["outcome.sd"] = offset, 1.0
-        return clicks_n, shown_n, ones, offset
-    outcome_n = _standardise_outcome(logit_n, weight_n[first_n], scaling)
-    variance_n = variance_n / scaling["outcome.sd"] ** 2
-    # Rows differ in sampling variance on top of what they share: weights by moments.
-    shared = max(1 - np.average(variance_n, weights=weight_n[first_n]), 0.05)
-    return outcome_n, shown_n, shared / (shared + variance_n), 0.0
-
-
-def _counts(design: Design) -> bool:
-    return design.family == "binomial" or design.response == "empirical_logit"
+    shown_n = np.bincount(row_of_log_n, exposure)
+    if design.response == "empirical_logit":
+        logit_n, variance_n = empirical_logit(clicks_n, shown_n)
+        outcome_n = _standardise_outcome(logit_n, weight_n[first_n], scaling)
+        variance_n = variance_n / scaling["outcome.sd"] ** 2
+        # Rows differ in sampling variance on top of what they share: weights by moments.
+        shared = max(1 - np.average(variance_n, weights=weight_n[first_n]), 0.05)
+        return outcome_n, shown_n, shared / (shared + variance_n), 0.0
+    total, of = weight_n @ logs.outcome_n, weight_n @ exposure
+    if design.family in ("poisson", "negative_binomial"):
+        offset = float(np.log(total + 0.5) - np.log(of))
+    else:
+        offset = float(empirical_logit(total, of)[0])
+    scaling["outcome.mean"], scaling["outcome.sd"] = offset, 1.0
+    return clicks_n, shown_n, ones, offset
 
 
 def _equal_rows(logs: Logs, features_nd: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each set of rows that are equal in text, features and design, and each row's set."""
-    if not _counts(design) or not logs.roles.exposure or logs.roles.weight:
+    """First row of each set of rows that are equal in text, features and design, and each row's set.
+
+    Overdispersed counts are left alone: a sum of two has another law than one of twice the exposure.
+    """
+    counts = FAMILIES[design.family].counts or design.response == "empirical_logit"
+    whole = design.family in ("beta_binomial", "negative_binomial")
+    if not counts or whole or logs.roles.weight or not (logs.roles.exposure or design.family == "bernoulli"):
         return np.arange(len(logs)), np.arange(len(logs))
-    names = [logs.roles.text]
-    for term in design.terms:
-        names += [term.column, *term.instruments]
     seen: dict[bytes, int] = {}
     features_n = np.array([seen.setdefault(row.tobytes(), len(seen)) for row in features_nd])
-    codes = np.stack([features_n, *[logs.codes(name) for name in names]], 1)
+    names = dict.fromkeys(name for term in design.terms for name in term.columns)
+    codes = np.stack([features_n, logs.codes(logs.roles.text), *[_row_codes(logs, name) for name in names]], 1)
     _, first_n, row_of_log_n = np.unique(codes, axis=0, return_index=True, return_inverse=True)
     return first_n, row_of_log_n.reshape(-1)
+
+
+def _row_codes(logs: Logs, name: str) -> np.ndarray:
+    values = np.asarray(logs.columns[name])
+    return logs.codes(name) if values.ndim == 1 else np.unique(values, axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def _with_missing_indicators(design: Design, logs: Logs) -> Design:
@@ -248,7 +171,7 @@ def _with_missing_indicators(design: Design, logs: Logs) -> Design:
     extra = [c for c in logs.roles.confounders if c.endswith(".missing") and c.removesuffix(".missing") in known]
     terms = (*design.terms, *[Term("linear", c) for c in extra if c not in known])
     for term in terms:
-        for name in (term.column, *term.instruments):
-            if name not in logs.columns:
+        for name in term.columns:
+            if name not in logs.columns and not (term.kind == "interaction" and name == "text"):
                 raise ValueError(f"design: {term} needs column {name!r}; the log holds {sorted(logs.columns)}")
     return Design(design.family, terms, design.response)
