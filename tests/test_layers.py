@@ -23,12 +23,12 @@ CODE = ("deconfound_jax", "experiments", "tests")
 # Folder or file -> layer. `saved` reads a finished run, so it stands on everything but the scripts; the package's
 # own __init__ ("deconfound_jax") hands out names of all of them, lazily.
 LAYERS = {
-    **{"structs": 0, "config": 0},
+    **{"design": 0, "structs": 0, "config": 0},
     **{"causal": 1, "models": 1, "simulate": 1},
     **{"logs": 2, "align": 3, "train": 4, "recipes": 5},
     **{"evaluate": 6, "report": 6, "saved": 6.5, "deconfound_jax": 6.75, "experiments": 7},
 }
-INSIDE_A_LAYER = {("config", "structs")}  # knobs hold roles, which are plain data
+INSIDE_A_LAYER = {("config", "structs"), ("structs", "design")}  # plain data holds plain data
 
 # Third party -> the modules (prefixes, below deconfound_jax) that may import it when they are imported themselves.
 HOMES = {
