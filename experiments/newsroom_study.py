@@ -18,7 +18,8 @@ from deconfound_jax.align.joint import posterior_draws
 from deconfound_jax.causal.fit import fit_prepared
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.reward import Reward, model_form
-from deconfound_jax.causal.terms import Prepared, prepare
+from deconfound_jax.causal.spec import Prepared
+from deconfound_jax.causal.terms import prepare
 from deconfound_jax.config import Run
 from deconfound_jax.evaluate import truth
 from deconfound_jax.models import tokenizer

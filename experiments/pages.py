@@ -13,7 +13,8 @@ from etils import epath
 from deconfound_jax.causal import describe
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.reward import contributions
-from deconfound_jax.causal.terms import Prepared, prepare
+from deconfound_jax.causal.spec import Prepared
+from deconfound_jax.causal.terms import prepare
 from deconfound_jax.config import Run
 from deconfound_jax.evaluate import ab
 from deconfound_jax.report import page as pages
@@ -142,7 +143,7 @@ def _common(
         diagram_svg=describe.svg(design, roles),
         mermaid=describe.mermaid(design, roles),
         effects=removed_effects(posterior, prepared),
-        assumptions=describe.assumptions(design),
+        assumptions=describe.assumptions(design, roles),
         limits=LIMITS,
         reproduction=reproduction,
     )

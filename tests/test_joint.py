@@ -23,7 +23,8 @@ from deconfound_jax.align.preference import dpo_objective
 from deconfound_jax.causal import conditional
 from deconfound_jax.causal.fit import fit_prepared
 from deconfound_jax.causal.reward import prefer
-from deconfound_jax.causal.terms import Rows, prepare
+from deconfound_jax.causal.spec import Rows
+from deconfound_jax.causal.terms import prepare
 from deconfound_jax.config import Causal, Dpo, Joint, Newsroom
 from deconfound_jax.config import Decoder as DecoderConfig
 from deconfound_jax.models import tokenizer

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from deconfound_jax.logs.check import BadLogs, Problem
+from deconfound_jax.logs.names import MEASURED
 from deconfound_jax.logs.read import MISSING, read
 from deconfound_jax.structs import Roles
 
@@ -162,7 +163,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, case):
 
 
 UNKNOWN = "categories to name a confounder or an extra column"
-ONE_ROLE = "one role among text, outcome, exposure, weight, instruments, confounders"
+ONE_ROLE = f"one role among {', '.join(MEASURED)}"
 COLUMNS = {  # change of the roles, of the arguments, problem
     "missing": ({"outcome": "clikcs"}, {}, "clikcs", _absent("Roles.outcome"), "no such column; nearest is 'clicks'"),
     "missing tuple": ({"context": ["rian"]}, {}, "rian", _absent("Roles.context"), "no such column; nearest is 'rain'"),

@@ -47,7 +47,8 @@ def test_equal_rows_of_counts_are_summed_and_others_are_not(log_of):
 
 def test_a_column_named_like_a_site_keeps_its_own(log_of):
     rng = np.random.default_rng(0)
-    logs = log_of({"outcome": rng.normal(size=6), "gamma": rng.normal(size=6), "features": rng.normal(size=6)})
+    names = {"text": np.repeat(np.asarray(["t0", "t1", "t2"], object), 2)}
+    logs = log_of(names | {"outcome": rng.normal(size=6), "gamma": rng.normal(size=6), "features": rng.normal(size=6)})
     prepared = prepare(logs, rng.normal(size=(6, 2)), Design.parse("intercept(text) + gamma + features"))
     plan = conditional.layout(prepared.spec)
     sites = [name for name, _, _ in plan.sites] + [plan.absorbed.name]

@@ -188,11 +188,13 @@ def solve(spec: Spec, stats: Moments, psi: dict[str, jax.Array]) -> Solution:
     return Solution(log_likelihood, mean, chol, level, level_b, cross)
 
 
-def draw(spec: Spec, solution: Solution, key: jax.Array) -> dict[str, jax.Array]:
-    """One draw of every coefficient given psi, by site."""
+def draw(spec: Spec, solution: Solution, key: jax.Array, rotation_dd=None) -> dict[str, jax.Array]:
+    """One draw of every coefficient given psi, by site; with the text's rotation, whichever eigenbasis it is."""
     key_d, key_u = jax.random.split(key)
     noise_d = jax.random.normal(key_d, solution.mean_d.shape, solution.mean_d.dtype)
     noise_um = jax.random.normal(key_u, solution.level_linear_um.shape, solution.mean_d.dtype)
+    if rotation_dd is not None:
+        noise_um = rotation_dd.T @ noise_um
     theta_d = solution.mean_d + solve_triangular(solution.cholesky_dd, noise_d, lower=True, trans=1)
     return sites(spec, solution, theta_d, noise_um)
 

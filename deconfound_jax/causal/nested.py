@@ -7,8 +7,8 @@ and Chopin 2009). Either way psi is integrated by importance sampling: a two-sid
 Student-t at the mode (`proposal`), with the Pareto k of the weights as the
 convergence check. fp64 inside the call only.
 
-Wide features are rotated to be orthogonal first, once: then each psi costs a
-factorisation as large as the terms and levels, not as the features.
+Fixed effects are projected out and wide features rotated to be orthogonal first,
+once (`compress`): then each psi costs a factorisation as large as the other terms.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
-from deconfound_jax.causal import conditional, proposal
+from deconfound_jax.causal import compress, conditional, proposal
 from deconfound_jax.causal.diagnostics import PARETO_LIMIT, pareto_k
 from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.scalars import constrain, gammas, log_prior, scalars, start
@@ -46,23 +46,42 @@ def fit_nested(spec: Spec, rows: Rows, draws: int, seed: int) -> tuple[dict[str,
       Sites with draws first, and diagnostics: pareto_k, effective_draws, mode_gradient, newton_step, converged.
     """
     with jax.enable_x64(True):
-        spec, rows, rotation_dd = _orthogonalise(spec, rows)
         rows = Rows(*[jnp.asarray(field) for field in rows])
         rows = rows._replace(**{f: getattr(rows, f).astype(float) for f in rows._fields if f != "levels_nc"})
-        conjugate = FAMILIES[spec.family].conjugate
-        data = _moments(spec, rows) if conjugate else Working(rows, jnp.zeros_like(rows.outcome_n), jnp.zeros(()))
-        mode, covariance, gradient, data = _mode(spec, data)
-        psi, weights, k = _importance(spec, data, mode, covariance, draws, seed)
-        pick = _resample(weights, draws, seed)
-        keys = jax.random.split(jax.random.key(seed), draws)
-        found = jax.tree.map(np.asarray, _draw_all(spec, data, jnp.asarray(psi[pick]), keys))
+        if FAMILIES[spec.family].conjugate:
+            return fit_moments(spec, _moments(spec, rows), draws, seed)
+        found, diagnostics, data = _integrate(
+            spec, Working(rows, jnp.zeros_like(rows.outcome_n), jnp.zeros(())), rows.weight_n.shape[0], draws, seed
+        )
+    still = float(data.moved) < 1e-3
+    diagnostics["converged"] &= still
+    return found, {**diagnostics, "newton_step": float(data.moved)}
+
+
+def fit_moments(spec: Spec, stats: conditional.Moments, draws: int, seed: int) -> tuple[dict[str, np.ndarray], dict]:
+    """The same for a conjugate family from its cross products alone: what a stream of batches leaves behind."""
+    with jax.enable_x64(True):
+        small, stats, dropped = compress.project(spec, stats)
+        small, stats, rotation_dd = compress.rotate(small, stats, dropped is not None)
+        stats = conditional.Moments(*[jnp.asarray(value, float) for value in stats])
+        found, diagnostics, _ = _integrate(small, stats, float(stats.rows), draws, seed, rotation_dd)
     if rotation_dd is not None:
         found |= {n: found[n] @ rotation_dd.T for n in ["text", *(f"{e.prefix}text" for e in spec.equations)]}
-    effective = float(1 / np.sum(weights**2))
-    moved = 0.0 if conjugate else float(data.moved)
-    still = moved < 1e-3 and gradient < 1e-2 * max(1.0, float(rows.weight_n.shape[0]) ** 0.5)
-    diagnostics = {"pareto_k": k, "effective_draws": effective, "mode_gradient": gradient, "newton_step": moved}
-    return found, {**diagnostics, "converged": bool(k <= PARETO_LIMIT and still)}
+    if dropped is not None:
+        found |= compress.restore(dropped, found, seed)
+    return found, {**diagnostics, "newton_step": 0.0}
+
+
+def _integrate(spec: Spec, data, rows: float, draws: int, seed: int, rotation_dd=None):
+    """Draws of every site with psi integrated out, diagnostics, and the data at the mode."""
+    mode, covariance, gradient, data = _mode(spec, data)
+    psi, weights, k = _importance(spec, data, mode, covariance, draws, seed)
+    pick = _resample(weights, draws, seed)
+    keys = jax.random.split(jax.random.key(seed), draws)
+    found = jax.tree.map(np.asarray, _draw_all(spec, data, jnp.asarray(psi[pick]), keys, rotation_dd))
+    diagnostics = {"pareto_k": k, "effective_draws": float(1 / np.sum(weights**2)), "mode_gradient": gradient}
+    still = gradient < 1e-2 * max(1.0, rows**0.5)
+    return found, {**diagnostics, "converged": bool(k <= PARETO_LIMIT and still)}, data
 
 
 class Working(NamedTuple):
@@ -131,28 +150,6 @@ def exogenous(spec: Spec, rows: Rows, found, equation: Equation | None) -> jax.A
     return total_n
 
 
-def _orthogonalise(spec: Spec, rows: Rows):
-    """Rotates the text's columns so that their cross products are diagonal, where that saves work.
-
-    The prior N(0, scale^2 I) does not see the rotation. Both equations must weigh
-    the rows alike, and a Newton step weighs them anew, so only for `conjugate`.
-
-    Returns:
-      spec, rows, and the rotation (d, d), or None where nothing was done.
-    """
-    text = spec.blocks[0]
-    d, alike = text.stop, not spec.endogenous or np.ptp(rows.precision_n) == 0
-    ridge = text.prior == "ridge" and not text.spectrum
-    wide = d > max([v.count for v in spec.levels], default=0)
-    if not (FAMILIES[spec.family].conjugate and alike and ridge and wide):
-        return spec, rows, None
-    text_nd = np.asarray(rows.columns_nq[:, :d], float)
-    scaled_nd = text_nd * np.asarray(rows.weight_n * rows.precision_n)[:, None]
-    rotation_dd = np.linalg.eigh(scaled_nd.T @ text_nd)[1]
-    columns_nq = np.concatenate([text_nd @ rotation_dd, rows.columns_nq[:, d:]], 1)
-    return spec._replace(orthogonal=True), rows._replace(columns_nq=columns_nq), rotation_dd
-
-
 _moments = jax.jit(conditional.moments, static_argnums=0)
 
 
@@ -187,11 +184,12 @@ def _log_posteriors(spec: Spec, data, raw_mk):
 
 
 @partial(jax.jit, static_argnums=0)
-def _draw_all(spec: Spec, data, raw_sk, keys):
+def _draw_all(spec: Spec, data, raw_sk, keys, rotation_dd):
     def one(pair):
         raw, key = pair
         psi = constrain(spec, raw)
-        return psi | conditional.draw(spec, conditional.solve(spec, _stats(spec, data, raw)[0], psi), key)
+        solution = conditional.solve(spec, _stats(spec, data, raw)[0], psi)
+        return psi | conditional.draw(spec, solution, key, rotation_dd)
 
     return jax.lax.map(one, (raw_sk, keys))
 
@@ -208,8 +206,9 @@ def _mode(spec: Spec, data):
             data = near
         return float(value), np.asarray(gradient)
 
+    # The value grows with the rows: a relative tolerance on it would stop far from the mode of a million.
     found = scipy.optimize.minimize(
-        value_and_gradient, begin, jac=True, method="L-BFGS-B", bounds=bounds, options={"gtol": _GRADIENT}
+        value_and_gradient, begin, jac=True, method="L-BFGS-B", bounds=bounds, options={"gtol": _GRADIENT, "ftol": 0.0}
     )
     step = 1e-3
     columns = []

@@ -7,10 +7,12 @@ and lays the pieces side by side. What each array means is written in `spec`.
 from __future__ import annotations
 
 import numpy as np
+from scipy.special import ndtri
 
 from deconfound_jax.causal.builders import BUILDERS, Context, numeric, site_of, standardise
+from deconfound_jax.causal.design_check import check_design
 from deconfound_jax.causal.families import FAMILIES
-from deconfound_jax.causal.spec import Block, Head, Levels, Prepared, Rows, Spec, equations_of
+from deconfound_jax.causal.spec import Block, Head, Levels, Prepared, Rows, Selection, Spec, equations_of
 from deconfound_jax.config import Causal
 from deconfound_jax.structs import Design, Logs, Term
 
@@ -43,9 +45,11 @@ def prepare(
     if not np.isfinite(features_nd).all():
         raise ValueError("features: expected finite numbers, got NaN or infinity")
     config = config or Causal()
-    design = _with_missing_indicators(design, logs)
+    design = with_missing_indicators(design, logs)
+    check_design(logs, features_nd, design)
     first_n, row_of_log_n = _equal_rows(logs, features_nd, design)
     scaling: dict = {"text.column": logs.roles.text}
+    observed_n = _observed(logs, design)[first_n]
     outcome_n, exposure_n, precision_n, offset = _outcome(logs, design, first_n, row_of_log_n, scaling)
     logs_u = logs.take(first_n)
     weight_n = _weights(logs_u)
@@ -53,22 +57,23 @@ def prepare(
     context = Context(logs_u, text_nd, weight_n, scaling, np.zeros((len(first_n), 0)))
 
     blocks, columns, levels, codes, context = _pieces(design, context, _text_block(text_nd, config))
-    instruments, shared = None, tuple(dict.fromkeys(z for t in design.endogenous_terms for z in t.instruments))
-    if shared:
-        columns += [numeric(z, context) for z in shared]
-        instruments = Block("instruments", blocks[-1].stop, blocks[-1].stop + len(shared), 1.0)
+    extra = tuple(dict.fromkeys(z for t in design.terms for z in t.instruments))
+    columns += [numeric(z, context) for z in extra]
+    name = "exclusions" if design.selection else "instruments"  # a design has one or the other
+    outside = Block(name, blocks[-1].stop, blocks[-1].stop + len(extra), 1.0) if extra else None
     names = tuple(t.column for t in design.endogenous_terms)
     equations = equations_of(names, design.guardrail.column if design.guardrail else "")
     endogenous = [numeric(e.column, context) for e in equations]
     spec = Spec(
-        design.family, tuple(blocks), tuple(levels), instruments, config.gamma_sd, config.control_sd,
-        equations=equations, categories=int(scaling.get("outcome.categories", 0)), head=head,
+        _family(design), tuple(blocks), tuple(levels), None if design.selection else outside,
+        config.gamma_sd, config.control_sd, equations=equations, categories=int(scaling.get("outcome.categories", 0)),
+        selection=Selection(outside) if design.selection else None, head=head,
     )  # fmt: skip
     empty = np.zeros((len(first_n), 0))
     rows = Rows(
         np.concatenate(columns, 1), np.stack(codes, 1) if codes else empty.astype(int), outcome_n,
         np.concatenate(endogenous, 1) if endogenous else empty,
-        exposure_n, precision_n, weight_n, np.ones(len(first_n)), offset,
+        exposure_n, precision_n, weight_n, observed_n, offset,
     )  # fmt: skip
     return Prepared(spec, rows, scaling, row_of_log_n)
 
@@ -87,17 +92,36 @@ def _text_block(text_nd: np.ndarray, config: Causal) -> Block:
 def _pieces(design: Design, context: Context, text: Block):
     """Blocks and levels of every term, their columns and codes, and the context after the last."""
     blocks, columns, levels, codes = [text], [context.text_nd], [], []
-    for term in design.terms:
+    for term in sorted(design.terms, key=lambda t: t.kind == "treatment"):  # a treatment is predicted from the others
         for piece in BUILDERS[term.kind](term, context):
             if piece.values.ndim == 1:
                 levels.append(Levels(piece.name, len(codes), int(piece.values.max()) + 1, piece.absorbed))
                 codes.append(piece.values)
+                context = context._replace(levels=(*context.levels, piece.values))
             elif piece.values.shape[1]:
                 stop = blocks[-1].stop + piece.values.shape[1]
                 blocks.append(Block(piece.name, blocks[-1].stop, stop, piece.sd, piece.spectrum))
                 columns.append(piece.values)
                 context = context._replace(columns_nk=np.concatenate([context.columns_nk, piece.values], 1))
     return blocks, columns, levels, codes, context
+
+
+def _family(design: Design) -> str:
+    """A Bernoulli outcome under selection has the probit link: its error and the selection's are jointly normal."""
+    return "probit" if design.selection and design.family == "bernoulli" else design.family
+
+
+def _observed(logs: Logs, design: Design) -> np.ndarray:
+    """1 where the outcome was seen (n,); ones without a selection term."""
+    if not design.selection:
+        return np.ones(len(logs))
+    observed_n = np.asarray(logs.columns[design.selection.column], np.float64)
+    if not np.isin(observed_n, (0.0, 1.0)).all() or np.ptp(observed_n) == 0:
+        found = np.unique(observed_n)[:3].tolist()
+        raise ValueError(f"{design.selection}: expected {design.selection.column!r} to hold 0 and 1, got {found}")
+    if not np.isfinite(logs.outcome_n[observed_n > 0]).all():
+        raise ValueError(f"{design.selection}: expected an outcome in every row that was seen, got NaN")
+    return observed_n
 
 
 def _weights(logs: Logs) -> np.ndarray:
@@ -115,6 +139,9 @@ def _standardise_outcome(values_n: np.ndarray, weight_n: np.ndarray, scaling: di
 def _outcome(logs: Logs, design: Design, first_n, row_of_log_n, scaling):
     """Outcome, exposure, precision and offset of the summed rows."""
     ones, weight_n = np.ones(len(first_n)), _weights(logs)
+    if design.selection:
+        outcome_n, offset = _seen_outcome(logs, design, weight_n, scaling)
+        return outcome_n, ones, ones, offset
     if design.family in ("normal", "student_t") and design.response == "identity":
         return _standardise_outcome(logs.outcome_n, weight_n, scaling), ones, ones, 0.0
     if design.family == "ordinal":
@@ -144,18 +171,30 @@ def _outcome(logs: Logs, design: Design, first_n, row_of_log_n, scaling):
     return clicks_n, shown_n, ones, offset
 
 
+def _seen_outcome(logs: Logs, design: Design, weight_n: np.ndarray, scaling: dict) -> tuple[np.ndarray, float]:
+    """Outcome (n,) on the scale of the rows that were seen, and offset; an unseen outcome is 0 and enters nothing."""
+    seen_n, outcome_n = _observed(logs, design) > 0, np.zeros(len(logs))
+    if design.family == "normal":
+        outcome_n[seen_n] = _standardise_outcome(logs.outcome_n[seen_n], weight_n[seen_n], scaling)
+        return outcome_n, 0.0
+    outcome_n[seen_n] = logs.outcome_n[seen_n]
+    offset = float(ndtri((weight_n @ outcome_n + 0.5) / (weight_n @ seen_n + 1)))
+    scaling["outcome.mean"], scaling["outcome.sd"] = offset, 1.0
+    return outcome_n, offset
+
+
 def _equal_rows(logs: Logs, features_nd: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
     """First row of each set of rows that are equal in text, features and design, and each row's set.
 
     Overdispersed counts are left alone: a sum of two has another law than one of twice the exposure.
     """
     counts = FAMILIES[design.family].counts or design.response == "empirical_logit"
-    whole = design.family in ("beta_binomial", "negative_binomial")
+    whole = design.selection or design.family in ("beta_binomial", "negative_binomial")
     if not counts or whole or logs.roles.weight or not (logs.roles.exposure or design.family == "bernoulli"):
         return np.arange(len(logs)), np.arange(len(logs))
     seen: dict[bytes, int] = {}
     features_n = np.array([seen.setdefault(row.tobytes(), len(seen)) for row in features_nd])
-    names = dict.fromkeys(name for term in design.terms for name in term.columns)
+    names = dict.fromkeys(name for term in design.terms for name in term.columns if name in logs.columns)
     codes = np.stack([features_n, logs.codes(logs.roles.text), *[_row_codes(logs, name) for name in names]], 1)
     _, first_n, row_of_log_n = np.unique(codes, axis=0, return_index=True, return_inverse=True)
     return first_n, row_of_log_n.reshape(-1)
@@ -166,7 +205,7 @@ def _row_codes(logs: Logs, name: str) -> np.ndarray:
     return logs.codes(name) if values.ndim == 1 else np.unique(values, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def _with_missing_indicators(design: Design, logs: Logs) -> Design:
+def with_missing_indicators(design: Design, logs: Logs) -> Design:
     known = {t.column for t in design.terms}
     extra = [c for c in logs.roles.confounders if c.endswith(".missing") and c.removesuffix(".missing") in known]
     terms = (*design.terms, *[Term("linear", c) for c in extra if c not in known])

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import json
 import pathlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,6 +30,8 @@ EXPECTED = {
     "time": "a number or a time stamp",
     "name": "text or a number",
     "flag": "true or false",
+    "switch": "0 or 1, true or false",
+    "vector": "a list of numbers",
 }
 
 
@@ -63,7 +64,7 @@ class Column:
     """Cells as they came, before they are judged.
 
     `values_n` holds float64 (NaN where there is no number), str ("" where there is
-    none) or bool by `kind`, one of `EXPECTED`; `unreadable` maps a row to the cell
+    none) or bool by `kind`, one of `EXPECTED`; of vectors it is (n, k); `unreadable` maps a row to the cell
     that is not of that kind.
     """
 
@@ -76,9 +77,9 @@ class Column:
     def absent_n(self) -> np.ndarray:
         """Cells without a value: NULL, NaN, or nothing but white space."""
         absent_n = self.null_n.copy()
-        if self.kind in ("number", "time"):
+        if self.kind in ("number", "time", "switch"):
             absent_n |= np.isnan(self.values_n)
-        elif self.kind != "flag":
+        elif self.kind not in ("flag", "vector"):
             absent_n |= np.array([not v.strip() for v in self.values_n], bool)
         absent_n[list(self.unreadable)] = False
         return absent_n
@@ -111,46 +112,38 @@ def suffix_of(path: pathlib.Path) -> str:
     return "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]).lower()
 
 
-def name_problems(
-    roles: Roles, categories: Sequence[str], numeric: Sequence[str], extra: Sequence[str], names: Sequence[str]
-) -> list[Problem]:
-    """Columns that the file (its column `names`) lacks or has twice, and roles that contradict each other."""
-    problems, counts = [], Counter(names)
-    for column in dict.fromkeys((*roles.columns(), *extra)):
-        if not counts[column]:
-            wanted = f"a column of the file ({_role(roles, column)})"
-            problems.append(Problem(-1, column, wanted, f"no such column{nearest(column, names)}"))
-        elif counts[column] > 1:
-            problems.append(Problem(-1, column, "a column name used once", f"{counts[column]} columns of this name"))
-    declarable = (*roles.confounders, *extra)
-    for argument, columns in (("categories", categories), ("numeric", numeric)):
-        for column in columns:
-            if column not in declarable:
-                wanted = f"{argument} to name a confounder or an extra column"
-                problems.append(Problem(-1, column, wanted, f"neither{nearest(column, declarable)}"))
-    for column in set(categories) & set(numeric):
-        problems.append(Problem(-1, column, "either categories or numeric", "both"))
-    return problems + _conflicts(roles)
-
-
-def row_problems(table: Mapping[str, Column], roles: Roles) -> list[Problem]:
+def row_problems(table: Mapping[str, Column], roles: Roles, trials: bool = True) -> list[Problem]:
     """Cells that are wrong in themselves or against their row; a cell is named once.
 
-    A confounder without a value is not among them: see `missing_problems`.
+    A confounder without a value is not among them: see `missing_problems`. Neither is
+    an outcome without one where `Roles.observed` is 0. `trials`: the outcome is a count
+    of the exposure's trials.
     """
-    finite = {roles.outcome, roles.exposure, roles.weight, roles.time, *roles.confounders, *roles.instruments}
+    finite = {roles.outcome, roles.exposure, roles.weight, roles.time, roles.treatment, roles.guardrail,
+              roles.propensity, *roles.confounders, *roles.instruments}  # fmt: skip
     problems = []
     for name, column in table.items():
-        problems += [Problem(row, name, EXPECTED[column.kind], cell) for row, cell in column.unreadable.items()]
+        expected = _expected(column)
+        problems += [Problem(row, name, expected, cell) for row, cell in column.unreadable.items()]
         if name in _required(roles) or column.kind == "flag":
-            problems += _absent(name, column)
+            seen_n = table[roles.observed].values_n != 0 if roles.observed and name == roles.outcome else None
+            problems += _absent(name, column, seen_n)
+        if column.kind == "vector":
+            problems += _vectors(name, column)
         if name in finite and column.kind in ("number", "time"):
             problems += _flag(name, np.isinf(column.values_n), "a finite number", column.values_n)
+        if column.kind == "switch":
+            wrong_n = ~np.isnan(column.values_n) & ~np.isin(column.values_n, (0.0, 1.0))
+            problems += _flag(name, wrong_n, expected, column.values_n)
     if roles.weight:
         weight_n = table[roles.weight].values_n
         problems += _flag(roles.weight, np.isfinite(weight_n) & (weight_n <= 0), "a number > 0", weight_n)
+    if roles.propensity:
+        chance_n = table[roles.propensity].values_n
+        wrong_n = np.isfinite(chance_n) & ((chance_n <= 0) | (chance_n > 1))
+        problems += _flag(roles.propensity, wrong_n, "a probability > 0", chance_n)
     if roles.exposure:
-        problems += _counts(table, roles)
+        problems += _counts(table, roles, trials)
     if roles.key:
         problems += _repeats(roles.key, table[roles.key])
     return problems
@@ -170,15 +163,17 @@ def column_problems(table: Mapping[str, Column], roles: Roles, missing_level: bo
     if not len(table[roles.text].values_n):
         return [Problem(-1, "", "at least one row", "0 rows")]
     problems = []
-    for name in (*roles.confounders, *roles.instruments):
+    must_vary = (*roles.confounders, *roles.instruments, roles.treatment, roles.observed, roles.guardrail)
+    for name in filter(None, (*must_vary, *roles.embedding)):
         column = table[name]
         usable_n = ~column.absent_n
         usable_n[list(column.unreadable)] = False
-        levels = np.unique(column.values_n[usable_n])
-        number = column.kind in ("number", "time")
+        number = column.kind in ("number", "time", "switch")
+        levels = np.unique(column.values_n[usable_n], axis=0)
         extra_level = missing_level and not number and bool(column.absent_n.any())
         if len(levels) + extra_level < 2:
             wanted = "at least two different values" if number else "at least two levels"
+            wanted = "lists that differ" if column.kind == "vector" else wanted
             problems.append(Problem(-1, name, wanted, f"only {show(levels[0])}" if len(levels) else "no value"))
         if missing_level and number and f"{name}.missing" in table and column.absent_n.any():
             problems.append(Problem(-1, f"{name}.missing", "a name free for the indicator", "a column of the log"))
@@ -209,54 +204,47 @@ def show(value: object) -> str:
 
 
 def _required(roles: Roles) -> set[str]:
-    single = (roles.text, roles.outcome, roles.exposure, roles.weight, roles.time, roles.key, roles.group)
-    return {name for name in (*single, roles.pair_within, *roles.instruments) if name}
-
-
-def _role(roles: Roles, column: str) -> str:
-    """The field that names a column, for a message: `Roles.outcome`, or `extra`."""
-    for field in dataclasses.fields(roles):
-        value = getattr(roles, field.name)
-        if column == value or (isinstance(value, tuple) and column in value):
-            return f"Roles.{field.name}"
-    return "extra"
-
-
-def _conflicts(roles: Roles) -> list[Problem]:
-    # group, key, context and time may repeat a confounder (a week, an article); these may not.
-    measured = [(field, getattr(roles, field)) for field in ("text", "outcome", "exposure", "weight")]
-    measured += [("instruments", name) for name in roles.instruments]
-    measured += [("confounders", name) for name in roles.confounders]
-    places: dict[str, list[str]] = {}
-    for field, column in measured:
-        if column:
-            places.setdefault(column, []).append(field)
-    wanted = "one role among text, outcome, exposure, weight, instruments, confounders"
-    return [Problem(-1, c, wanted, " and ".join(fields)) for c, fields in places.items() if len(fields) > 1] + [
-        Problem(-1, "", f"Roles.{field} to name a column", "no name") for field, column in measured[:2] if not column
-    ]
+    optional = ("confounders", "context")
+    values = [getattr(roles, field.name) for field in dataclasses.fields(roles) if field.name not in optional]
+    return {name for value in values for name in ((value,) if isinstance(value, str) else value) if name}
 
 
 def _flag(name: str, wrong_n: np.ndarray, expected: str, values_n: np.ndarray) -> list[Problem]:
     return [Problem(int(row), name, expected, show(values_n[row])) for row in np.flatnonzero(wrong_n)]
 
 
-def _absent(name: str, column: Column) -> list[Problem]:
-    expected = {"text": "non-empty text", "name": "a value"}.get(column.kind, EXPECTED[column.kind])
-    rows = np.flatnonzero(column.absent_n)
+def _absent(name: str, column: Column, seen_n: np.ndarray | None = None) -> list[Problem]:
+    expected = {"text": "non-empty text", "name": "a value"}.get(column.kind, _expected(column))
+    rows = np.flatnonzero(column.absent_n if seen_n is None else column.absent_n & seen_n)
     found = ["NULL" if column.null_n[row] else show(column.values_n[row]) for row in rows]
     return [Problem(int(row), name, expected, came) for row, came in zip(rows, found, strict=True)]
 
 
-def _counts(table: Mapping[str, Column], roles: Roles) -> list[Problem]:
+def _expected(column: Column) -> str:
+    if column.kind == "vector" and column.values_n.shape[1]:
+        return f"a list of {column.values_n.shape[1]} numbers"
+    return EXPECTED[column.kind]
+
+
+def _vectors(name: str, column: Column) -> list[Problem]:
+    """Lists with a number that is missing or infinite: the first of each."""
+    bad_nk = ~np.isfinite(column.values_n)
+    bad_nk[column.null_n] = False
+    bad_nk[list(column.unreadable)] = False
+    places = [(int(row), int(bad_nk[row].argmax())) for row in np.flatnonzero(bad_nk.any(1))]
+    wanted, values_nk = "finite numbers", column.values_n
+    return [Problem(row, name, wanted, f"{show(values_nk[row, at])} in place {at}") for row, at in places]
+
+
+def _counts(table: Mapping[str, Column], roles: Roles, trials: bool) -> list[Problem]:
     count_n, shown_n = table[roles.outcome].values_n, table[roles.exposure].values_n
     with np.errstate(invalid="ignore"):
-        count_ok, shown_ok = count_n == np.floor(count_n), shown_n == np.floor(shown_n)
-        bad_count = np.isfinite(count_n) & (~count_ok | (count_n < 0))
-        bad_shown = np.isfinite(shown_n) & (~shown_ok | (shown_n <= 0))
-        above = np.isfinite(count_n) & np.isfinite(shown_n) & ~bad_count & ~bad_shown & (count_n > shown_n)
+        bad_count = np.isfinite(count_n) & ((count_n != np.floor(count_n)) | (count_n < 0))
+        whole = shown_n == np.floor(shown_n) if trials else np.ones(len(shown_n), bool)
+        bad_shown = np.isfinite(shown_n) & (~whole | (shown_n <= 0))
+        above = np.isfinite(count_n) & np.isfinite(shown_n) & ~bad_count & ~bad_shown & (count_n > shown_n) & trials
     problems = _flag(roles.outcome, bad_count, "a whole number >= 0", count_n)
-    problems += _flag(roles.exposure, bad_shown, "a whole number > 0", shown_n)
+    problems += _flag(roles.exposure, bad_shown, "a whole number > 0" if trials else "a number > 0", shown_n)
     for row in np.flatnonzero(above):
         wanted = f"at most {roles.exposure} = {show(shown_n[row])}"
         problems.append(Problem(int(row), roles.outcome, wanted, show(count_n[row])))

@@ -19,23 +19,15 @@ from typing import Literal, NamedTuple
 import duckdb
 import numpy as np
 
-from deconfound_jax.logs import check
+from deconfound_jax.logs import cells, check
 from deconfound_jax.logs.check import BadLogs, Column, Problem
+from deconfound_jax.logs.names import name_problems
 from deconfound_jax.structs import Logs, Roles
 
 MISSING = "(missing)"
 _LOG = logging.getLogger(__name__)
-_JSON_NUMBERS = "('BIGINT', 'UBIGINT', 'HUGEINT', 'DOUBLE')"
 # All keys of all rows, and every value left as JSON.
 _JSON_OPTIONS = "records='true', maximum_depth=1, sample_size=-1, map_inference_threshold=-1"
-
-_FITS = {  # the types of a file's columns that may hold a kind
-    "text": ("VARCHAR", "CELL", "JSON"),
-    "number": ("NUMBER", "BOOLEAN", "CELL", "JSON"),
-    "time": ("NUMBER", "TIME", "VARCHAR", "CELL", "JSON"),
-    "name": ("NUMBER", "BOOLEAN", "TIME", "VARCHAR", "CELL", "JSON"),
-    "flag": ("BOOLEAN", "CELL", "JSON"),
-}
 
 
 def read(
@@ -48,6 +40,7 @@ def read(
     on_bad_rows: Literal["error", "drop"] = "error",
     missing: Literal["error", "level", "drop"] = "error",
     rejected_path: str | pathlib.Path | None = None,
+    exposure: Literal["trials", "amount"] = "trials",
 ) -> Logs:
     """Reads a file of logs, keeps the columns named under roles and checks every row.
 
@@ -63,10 +56,14 @@ def read(
       missing: a confounder's missing value: "error" is a bad row, "drop" leaves the row
         out as above; "level" gives a category the level "(missing)", and a number the
         column's mean beside a new 0/1 confounder `<column>.missing`.
+      exposure: "trials" of which the outcome is a count, or an "amount", such as the
+        hours in which a Poisson outcome was counted: any positive number.
 
     Returns:
       Logs of n rows in the file's order. Text and names are object arrays of str (empty:
-      none), numbers float64, `roles.time` seconds since 1970 (UTC), flags bool.
+      none), numbers float64, `roles.time` seconds since 1970 (UTC), flags and the arm
+      bool, an embedding float64 (n, k). The outcome is NaN where it may be missing: where
+      `roles.observed` is 0.
 
     Raises:
       BadLogs: with every problem, row and column named. Problems of a whole column are
@@ -75,10 +72,10 @@ def read(
     Example:
       logs = read("arms.parquet", Roles(text="headline", outcome="clicks", exposure="impressions"))
     """
-    _check_arguments(on_bad_rows, missing, rejected_path)
+    _check_arguments(on_bad_rows, missing, exposure, rejected_path)
     path = pathlib.Path(path)
     table = _table(path, roles, _Declared(tuple(categories), tuple(numeric), tuple(extra)))
-    bad = check.row_problems(table, roles)
+    bad = check.row_problems(table, roles, trials=exposure == "trials")
     absent = [] if missing == "level" else check.missing_problems(table, roles)
     dropped = (bad if on_bad_rows == "drop" else []) + (absent if "drop" in (on_bad_rows, missing) else [])
     raised = [] if on_bad_rows == "drop" else bad if missing == "drop" else bad + absent
@@ -107,8 +104,9 @@ class _Source(NamedTuple):
     cells: dict[str, tuple[str, str]]
 
 
-def _check_arguments(on_bad_rows: str, missing: str, rejected_path: object) -> None:
+def _check_arguments(on_bad_rows: str, missing: str, exposure: str, rejected_path: object) -> None:
     rules = {"on_bad_rows": (on_bad_rows, ("error", "drop")), "missing": (missing, ("error", "level", "drop"))}
+    rules["exposure"] = (exposure, ("trials", "amount"))
     for name, (value, allowed) in rules.items():
         if value not in allowed:
             raise ValueError(f"{name}: expected one of {allowed}, got {value!r}{check.nearest(value, allowed)}")
@@ -124,12 +122,12 @@ def _table(path: pathlib.Path, roles: Roles, declared: _Declared) -> dict[str, C
         connection.execute("SET TimeZone = 'UTC'")  # time stamps without a zone are UTC on every machine
         try:
             source = _open(connection, path, form)
-            if problems := check.name_problems(roles, *declared, source.names):
+            if problems := name_problems(roles, *declared, source.names):
                 raise BadLogs(path, problems)
             kinds, problems = _kinds(connection, source, roles, declared)
             if problems:
                 raise BadLogs(path, problems)
-            return _fetch(connection, source, kinds)
+            return cells.fetch(connection, source.relation, source.cells, kinds)
         except (duckdb.Error, OSError, EOFError, UnicodeError, csv.Error) as error:
             reason = str(error).split("\n")[0].strip().replace(str(path), path.name)
             raise BadLogs(path, [Problem(-1, "", f"a readable {form} file", reason)]) from error
@@ -163,112 +161,32 @@ def _parquet_names(connection: duckdb.DuckDBPyConnection, file: str) -> list[str
     return names
 
 
-def _type(sql: str) -> str:
-    if sql in ("DOUBLE", "FLOAT", "INTEGER", "UINTEGER") or sql.endswith("INT") or sql.startswith("DECIMAL"):
-        return "NUMBER"
-    if sql.startswith("TIMESTAMP") or sql == "DATE":
-        return "TIME"
-    return "VARCHAR" if sql == "UUID" or sql.startswith("ENUM") else sql
-
-
 def _kinds(connection, source: _Source, roles: Roles, declared: _Declared) -> tuple[dict[str, str], list[Problem]]:
     """The kind every column must have (`check.EXPECTED`), and the columns whose type cannot have it."""
     kinds, problems = {}, []
-    measured = {roles.outcome, roles.exposure, roles.weight, *roles.instruments, *declared.numeric}
-    named = {*declared.categories, roles.key, roles.group, roles.pair_within, *roles.context}
+    declared_kinds = _kinds_of_roles(roles, declared)
     for name in dict.fromkeys((*roles.columns(), *declared.extra)):
         cell, raw = source.cells[name]
-        sql = _type(raw)
-        if name == roles.text:
-            kind = "text"
-            if sql == "CELL" and _shares(connection, source.relation, cell, sql)[0] == 1:
-                problems.append(Problem(-1, name, check.EXPECTED[kind], "numbers only"))
-        elif name == roles.time or name in measured:
-            kind = "time" if name == roles.time else "number"
-        elif name in named:
-            kind = "name"
-        else:
-            kind = _usual_kind(connection, source.relation, cell, sql, name in roles.confounders)
-        if sql not in _FITS[kind]:
+        sql = cells.type_of(raw)
+        kind = declared_kinds.get(name)
+        if kind is None:
+            kind = cells.usual_kind(connection, source.relation, cell, sql, name in roles.confounders)
+        if kind == "text" and sql == "CELL" and cells.shares(connection, source.relation, cell, sql)[0] == 1:
+            problems.append(Problem(-1, name, check.EXPECTED[kind], "numbers only"))
+        if sql not in cells.FITS[kind]:
             problems.append(Problem(-1, name, check.EXPECTED[kind], f"a column of type {raw}"))
         kinds[name] = kind
     return kinds, problems
 
 
-def _usual_kind(connection, relation: str, cell: str, sql: str, confounder: bool) -> str:
-    """What an undeclared column is: a confounder's flags are numbers, and its numbers may have bad cells."""
-    if sql in ("CELL", "JSON"):
-        numbers, flags = _shares(connection, relation, cell, sql)
-    else:
-        numbers, flags = float(sql == "NUMBER"), float(sql == "BOOLEAN")
-    if flags == 1 and not confounder:
-        return "flag"
-    return "number" if numbers + flags == 1 or (confounder and numbers > 0.5) else "name"
-
-
-def _shares(connection, relation: str, cell: str, sql: str) -> tuple[float, float]:
-    """The shares of filled cells that are numbers, and that are true or false."""
-    number, flag = f"TRY_CAST({cell} AS DOUBLE) IS NOT NULL", f"lower(trim({cell})) IN ('true', 'false')"
-    if sql == "JSON":
-        number, flag = f"json_type({cell}) IN {_JSON_NUMBERS}", f"json_type({cell}) = 'BOOLEAN'"
-    query = f"SELECT count(*) FILTER ({number}), count(*) FILTER ({flag}), count(*) FROM {relation}"
-    numbers, flags, cells = connection.execute(f"{query} WHERE {_filled(cell, sql)}").fetchone()
-    return numbers / max(cells, 1), flags / max(cells, 1)
-
-
-def _fetch(connection, source: _Source, kinds: Mapping[str, str]) -> dict[str, Column]:
-    selected = []
-    for i, (name, kind) in enumerate(kinds.items()):
-        cell, sql = source.cells[name][0], _type(source.cells[name][1])
-        value = _value(cell, sql, kind)
-        raw = f"CASE WHEN {_filled(cell, sql)} AND {value} IS NULL THEN CAST({cell} AS VARCHAR) END"
-        selected += [f"{value} AS v{i}", f"{raw} AS u{i}"]
-    rows = connection.execute(f"SELECT {', '.join(selected)} FROM {source.relation}").fetchnumpy()
-    table = {}
-    for i, (name, kind) in enumerate(kinds.items()):
-        null_n = np.array(np.ma.getmaskarray(rows[f"v{i}"]))
-        values_n = np.array(np.ma.getdata(rows[f"v{i}"]))
-        if kind != "flag":
-            values_n[null_n] = np.nan if kind in ("number", "time") else ""
-        unreadable = {}
-        for row in np.flatnonzero(~np.ma.getmaskarray(rows[f"u{i}"])):
-            cell = rows[f"u{i}"][row]
-            unreadable[int(row)] = check.show(cell) if source.cells[name][1] != "JSON" else cell[:80]
-        table[name] = Column(kind, values_n, null_n, unreadable)
-    return table
-
-
-def _value(cell: str, sql: str, kind: str) -> str:
-    """SQL of a cell's value; NULL where the cell is not of this kind."""
-    text = f"({cell} ->> '$')" if sql == "JSON" else f"CAST({cell} AS VARCHAR)"
-    flag = f"CASE lower(trim({text})) WHEN 'true' THEN true WHEN 'false' THEN false END"
-    json_type = f"json_type({cell})"
-    if kind == "flag":
-        return f"({flag})"
-    if kind == "time":
-        stamp = f"CAST({cell} AS TIMESTAMP)" if sql == "TIME" else f"TRY_CAST({text} AS TIMESTAMPTZ)"
-        return f"COALESCE(TRY_CAST({text} AS DOUBLE), epoch({stamp}))"
-    if kind == "number" and sql == "NUMBER":
-        return f"CAST({cell} AS DOUBLE)"
-    if kind == "number":
-        number = f"COALESCE(TRY_CAST({text} AS DOUBLE), CAST(CAST({flag} AS INTEGER) AS DOUBLE))"
-        # A quoted number in JSON is text, and whoever wrote it should know.
-        return f"(CASE WHEN {json_type} <> 'VARCHAR' THEN {number} END)" if sql == "JSON" else number
-    if sql == "NUMBER":
-        # 3.0 and 3 name the same level, whatever the file's type.
-        whole, integer = f"{cell} = trunc({cell}) AND abs({cell}) < 1e15", f"CAST(CAST({cell} AS BIGINT) AS VARCHAR)"
-        return f"(CASE WHEN {whole} THEN {integer} WHEN {_filled(cell, sql)} THEN {text} END)"
-    if sql == "JSON":
-        fits = "= 'VARCHAR'" if kind == "text" else "NOT IN ('OBJECT', 'ARRAY')"
-        return f"(CASE WHEN {json_type} {fits} AND {_filled(cell, sql)} THEN {text} END)"
-    return text
-
-
-def _filled(cell: str, sql: str) -> str:
-    """SQL of whether anything stands in a cell (a NaN is nothing)."""
-    if sql == "JSON":
-        return f"CAST({cell} AS VARCHAR) NOT IN ('null', 'NaN')"
-    return f"NOT isnan(CAST({cell} AS DOUBLE))" if sql == "NUMBER" else f"trim(CAST({cell} AS VARCHAR)) <> ''"
+def _kinds_of_roles(roles: Roles, declared: _Declared) -> dict[str, str]:
+    """The kinds that roles and the caller's words settle; of a column with two roles the later of these counts."""
+    numbers = (roles.outcome, roles.exposure, roles.weight, roles.treatment, roles.guardrail, roles.propensity)
+    kinds = dict.fromkeys((*declared.categories, roles.key, roles.group, roles.pair_within, *roles.context), "name")
+    kinds |= dict.fromkeys((*numbers, *roles.instruments, *declared.numeric), "number")
+    kinds |= dict.fromkeys(roles.embedding, "vector") | dict.fromkeys((roles.arm, roles.observed), "switch")
+    kinds |= {roles.time: "time", roles.prompt: "text", roles.text: "text"}
+    return kinds
 
 
 def _drop(table: Mapping[str, Column], problems: Sequence[Problem], keys, path, rejected_path) -> dict[str, Column]:
@@ -291,7 +209,7 @@ def _logs(table: Mapping[str, Column], roles: Roles) -> Logs:
             columns[indicators[-1]] = absent_n.astype(np.float64)
         elif column.kind == "name":
             values_n[absent_n] = MISSING if name in roles.confounders else ""
-        columns[name] = values_n
+        columns[name] = values_n.astype(bool) if name == roles.arm else values_n
     return Logs.of(columns, dataclasses.replace(roles, confounders=roles.confounders + tuple(indicators)))
 
 

@@ -12,7 +12,7 @@ from deconfound_jax.align.groups import GroupBatch, epochs, form_groups, pair_la
 from deconfound_jax.align.joint import JointBatch, init_causal, joint_step
 from deconfound_jax.align.preference import dpo_objective
 from deconfound_jax.causal.reward import Reward
-from deconfound_jax.causal.terms import Prepared, Rows, Spec
+from deconfound_jax.causal.spec import Prepared, Rows, Spec
 from deconfound_jax.config import Dpo, Joint
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.recipes.reference import text_logprobs
