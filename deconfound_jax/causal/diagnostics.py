@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy.special
+import scipy.stats
 
 PARETO_LIMIT = 0.7  # above it importance weights have no usable variance (Vehtari et al. 2024)
 
@@ -47,3 +49,46 @@ def split_rhat(draws_cs: np.ndarray) -> float:
     within = chains.var(1, ddof=1).mean()
     between = half * chains.mean(1).var(ddof=1)
     return float(np.sqrt(((half - 1) / half * within + between / half) / max(within, 1e-300)))
+
+
+def rank_rhat(draws_cs: np.ndarray) -> float:
+    """Rank-normalised split R-hat of one scalar over chains (c, s): the larger of bulk and folded.
+
+    Ranks make it finite for heavy tails; folding around the median sees chains of equal mean and other width.
+    Source: Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021).
+    """
+    folded = np.abs(draws_cs - np.median(draws_cs))
+    return max(split_rhat(_rank_normalised(draws_cs)), split_rhat(_rank_normalised(folded)))
+
+
+def ess(draws_cs: np.ndarray) -> float:
+    """Effective number of draws for the mean of one scalar over chains (c, s), rank-normalised ("bulk").
+
+        ESS = c s / (1 + 2 sum_t rho_t),   the sum cut where a pair of autocorrelations turns negative (Geyer 1992)
+
+    Draws that do not move count as one a chain. Source: Vehtari et al. (2021), equations 10 and 11.
+    """
+    half = draws_cs.shape[1] // 2
+    if half < 2:
+        return float(draws_cs.shape[0])
+    chains = _rank_normalised(np.concatenate([draws_cs[:, :half], draws_cs[:, half : 2 * half]]))
+    c, s = chains.shape
+    within = chains.var(1, ddof=1).mean()
+    if within < 1e-12:
+        return float(draws_cs.shape[0])
+    centred = chains - chains.mean(1, keepdims=True)
+    spectrum = np.abs(np.fft.rfft(centred, 2 * s, axis=1)) ** 2
+    covariance_t = np.fft.irfft(spectrum, axis=1)[:, :s].mean(0) / s
+    total = (s - 1) / s * within + chains.mean(1).var(ddof=1)
+    rho_t = 1 - (within - covariance_t * s / (s - 1)) / total
+    rho_t[0] = 1.0
+    pairs = rho_t[: s - s % 2].reshape(-1, 2).sum(1)
+    negative = np.flatnonzero(pairs < 0)
+    pairs = np.minimum.accumulate(pairs[: negative[0] if len(negative) else None])
+    return float(c * s / max(2 * pairs.sum() - 1, 1 / np.log10(c * s)))
+
+
+def _rank_normalised(draws_cs: np.ndarray) -> np.ndarray:
+    """Normal scores of the pooled ranks (Blom 1958); ties share their mean rank."""
+    rank = scipy.stats.rankdata(draws_cs).reshape(draws_cs.shape)
+    return scipy.special.ndtri((rank - 0.375) / (draws_cs.size + 0.25))
