@@ -7,6 +7,7 @@ outcomes; `judge` alone is given the held-out arms.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from deconfound_jax.causal.fit import fit_prepared
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.reward import Reward, model_form
 from deconfound_jax.causal.terms import prepare
+from deconfound_jax.causal.verdict import judged
 from deconfound_jax.config import Run
 from deconfound_jax.evaluate import truth
 from deconfound_jax.models import tokenizer
@@ -86,6 +88,34 @@ def learn(config: Run, plan: Plan, logs: Logs, workdir: epath.Path, on_step=None
     if config.features.source != "tokens":
         features[_feature_name(config)] = file_or_encoder(config, logs, workdir, on_step)
 
+    rewards, posteriors = fit_rewards(config, plan, logs, features, on_step)
+    stage, policies, primary = dpo_stage(decoder, config.dpo), {"sft": reference}, _feature_name(config)
+    codes_n = logs.codes(roles.pair_within)[first.train] if roles.pair_within else None
+    watch = [(config.dpo.evaluate_every, kl_evaluator(decoder, reference, config, seed))]
+    for method in config.methods:
+        reward = rewards[first.name, primary, method]
+        reward = dataclasses.replace(reward, draws_sn=reward.draws_sn[:, first.train])
+        record = Record(workdir, f"dpo-{method}", every, on_step)
+        policies[method] = align(
+            decoder,
+            stage,
+            reference,
+            tokens_nl[first.train],
+            reward,
+            codes_n,
+            rundir.risked(config.dpo, method),
+            seed,
+            record,
+            watch,
+        )
+    main = {method: posteriors[first.name, primary, method] for method in config.methods}
+    save_run(workdir, policies, main, features[primary][first.train])
+    return Fitted(rewards, posteriors, policies, decoder, words, tokens_nl, features)
+
+
+def fit_rewards(config: Run, plan: Plan, logs: Logs, features: Mapping, on_step=None) -> tuple[dict, dict]:
+    """Posteriors and rewards by (part, features, method); a verdict on those that policies learn from."""
+    roles = logs.roles
     rewards, posteriors = {}, {}
     for i, part in enumerate(plan.parts):
         for name, features_nd in features.items():
@@ -93,23 +123,13 @@ def learn(config: Run, plan: Plan, logs: Logs, workdir: epath.Path, on_step=None
                 prepared = prepare(logs.take(part.train), features_nd[part.train], design, config.causal)
                 key = (part.name, name, method)
                 posteriors[key] = fit_prepared(prepared, design, config.causal)
+                if i == 0 and name == _feature_name(config):  # the reward that policies learn from
+                    groups_n = logs.codes(roles.group)[part.train] if roles.group else None
+                    posteriors[key] = judged(posteriors[key], prepared, groups_n=groups_n)
                 rewards[key] = model_form(posteriors[key], features_nd)
         if on_step:
             on_step("posteriors", i + 1, len(plan.parts), {})
-
-    stage, policies, primary = dpo_stage(decoder, config.dpo), {"sft": reference}, _feature_name(config)
-    codes_n = logs.codes(roles.pair_within)[first.train] if roles.pair_within else None
-    watch = [(config.dpo.evaluate_every, kl_evaluator(decoder, reference, config, seed))]
-    for method in config.methods:
-        reward = rewards[first.name, primary, method]
-        reward = Reward(reward.draws_sn[:, first.train], reward.form, reward.converged)
-        record = Record(workdir, f"dpo-{method}", every, on_step)
-        policies[method] = align(
-            decoder, stage, reference, tokens_nl[first.train], reward, codes_n, config.dpo, seed, record, watch
-        )
-    main = {method: posteriors[first.name, primary, method] for method in config.methods}
-    save_run(workdir, policies, main, features[primary][first.train])
-    return Fitted(rewards, posteriors, policies, decoder, words, tokens_nl, features)
+    return rewards, posteriors
 
 
 def kl_evaluator(decoder: Decoder, reference: Any, config: Run, seed: int) -> Callable:

@@ -20,6 +20,7 @@ from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.reward import Reward, model_form
 from deconfound_jax.causal.spec import Prepared
 from deconfound_jax.causal.terms import prepare
+from deconfound_jax.causal.verdict import judged
 from deconfound_jax.config import Run
 from deconfound_jax.evaluate import truth
 from deconfound_jax.models import tokenizer
@@ -144,8 +145,10 @@ def run_seed(config: Run, compiled: Compiled, joints: dict, seed: int, logs: Log
             posteriors[method] = _joint_posterior(prepared[method], design, causal, state)
             rewards[method] = model_form(posteriors[method], features_nd)
             continue
-        posteriors[method] = _fit(prepared[method], design, causal, workdir / "posterior" / f"seed{seed}-{method}.npz")
+        path = workdir / "posterior" / f"seed{seed}-{method}.npz"
+        posteriors[method] = _fit(prepared[method], design, causal, path, logs.codes(logs.roles.group))
         rewards[method] = model_form(posteriors[method], features_nd)
+        common = (common[0], rundir.risked(config.dpo, method))
         policies[method] = align(c.decoder, c.dpo, reference, tokens_nl, rewards[method], *common, seed, record, watch)
     if seed == config.seeds[0]:
         save_run(workdir, policies, posteriors, features_nd)
@@ -188,6 +191,9 @@ def summarise(config: Run, seeds: list[Seed]) -> dict[str, Any]:
         _add(results, f"reward.{config.name}.tokens.{method}.confounder_correlation",
              [float(abs(np.corrcoef(r, s.logs.columns["popularity"])[0, 1])) for r, s in rewards])  # fmt: skip
         results[f"reward.{config.name}.tokens.{method}.status"] = [s.posteriors[method].status for s in seeds]
+        if method != "joint":  # its scalars are a point: there is no spread for the checks to read
+            found = [s.posteriors[method].verdict.status for s in seeds]
+            results[f"reward.{config.name}.tokens.{method}.verdict"] = found
     best = rundir.best_method(config)
     for rival in (m for m in config.methods if m != best):
         mine, other = (results[f"policy.{config.name}.tokens.{m}.true_share.seeds"] for m in (best, rival))
@@ -225,11 +231,11 @@ def verdict(config: Run, results: Mapping[str, Any]) -> str:
     return sentence + (f" Not converged in some seeds: {', '.join(weak)}." if weak else "")
 
 
-def _fit(prepared: Prepared, design: Design, causal, path: epath.Path) -> Posterior:
+def _fit(prepared: Prepared, design: Design, causal, path: epath.Path, groups_n: np.ndarray) -> Posterior:
     """Fits, or reads what a killed run had fitted."""
     if path.exists():
         return Posterior.load(path)
-    posterior = fit_prepared(prepared, design, causal)
+    posterior = judged(fit_prepared(prepared, design, causal), prepared, groups_n=groups_n)
     path.parent.mkdir(parents=True, exist_ok=True)
     posterior.save(path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)  # a kill while writing leaves no half file under the name

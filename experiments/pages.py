@@ -109,7 +109,7 @@ def removed_effects(posterior: Posterior, prepared: Prepared) -> list[pages.Effe
         )
     if "gamma" in posterior.draws:
         column = posterior.design.endogenous.column
-        slope_s = posterior.slope("gamma", column)
+        slope_s = posterior.effect(column)
         found.append(
             pages.Effect(
                 f"{column} (gamma)",
@@ -172,6 +172,9 @@ def _checks(posteriors: Mapping[str, Posterior]) -> list[dict[str, str]]:
         k = posterior.diagnostics.get("pareto_k")
         found = posterior.status + (f", Pareto k {k:.2f} (limit 0.7)" if k is not None else "")
         rows.append({"what": f"{method}: {posterior.diagnostics['method']} fit", "found": found})
+        if (verdict := posterior.verdict) is not None:
+            why = "; ".join([*verdict.reasons, *verdict.warnings]) or "nothing in the data contradicts the design"
+            rows.append({"what": f"{method}: verdict", "found": f"{verdict.status}: {why}"})
     return rows
 
 

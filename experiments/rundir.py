@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from deconfound_jax.config import Run
+from deconfound_jax.config import Dpo, Run
 from deconfound_jax.structs import dump_json
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpyro", "chex", "einops", "numpy", "scipy")
@@ -74,6 +74,11 @@ def pages():
         logging.getLogger(__name__).warning("no report is written: %s", error)
         return None
     return module
+
+
+def risked(config: Dpo, method: str) -> Dpo:
+    """A baseline trains whatever its verdict: it is there to be compared with. Ours must pass."""
+    return dataclasses.replace(config, accept_risk=config.accept_risk or method in ("naive", "covariate"))
 
 
 def best_method(config: Run) -> str:

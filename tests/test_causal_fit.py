@@ -1,14 +1,13 @@
 """Fits against NUTS, against classical estimators, and against what must not change them."""
 
 import dataclasses
-import types
 
 import numpy as np
 import pytest
 
 from deconfound_jax.causal import conditional, nested
 from deconfound_jax.causal.diagnostics import pareto_k, split_rhat
-from deconfound_jax.causal.fit import choose, fit, fit_prepared
+from deconfound_jax.causal.fit import fit, fit_prepared
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.terms import prepare
 from deconfound_jax.config import Causal
@@ -89,7 +88,7 @@ def test_exact_agrees_with_two_stage_least_squares(entangled):
         instruments, regressors = (np.concatenate([one, features_nd, v[:, None]], 1) for v in (z, p))
         fitted = instruments @ np.linalg.lstsq(instruments, regressors, rcond=None)[0]
         gamma = np.linalg.lstsq(fitted, y, rcond=None)[0][-1]
-        found_s = _exact(logs, features_nd, "endogenous(p ~ z)").slope("gamma", "p")
+        found_s = _exact(logs, features_nd, "endogenous(p ~ z)").effect("p")
         assert abs(found_s.mean() - gamma) < 2 * found_s.std()
         assert abs(found_s.mean() - 3.0) < 4 * found_s.std()
 
@@ -106,9 +105,8 @@ def test_a_confounder_shifted_and_rescaled_changes_nothing(entangled):
     moved = dataclasses.replace(logs, columns={**logs.columns, "p": 7 * logs.columns["p"] + 100})
     for design in ("p + category(week)", "endogenous(p ~ z)"):
         one, two = _exact(logs, features_nd, design), _exact(moved, features_nd, design)
-        site = "gamma" if "endogenous" in design else "p"
         np.testing.assert_allclose(_slopes(one).mean(0), _slopes(two).mean(0), atol=1e-4)
-        np.testing.assert_allclose(one.slope(site, "p").mean(), 7 * two.slope(site, "p").mean(), rtol=1e-4)
+        np.testing.assert_allclose(one.effect("p").mean(), 7 * two.effect("p").mean(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("design", ["p + category(week)", "endogenous(p ~ z) + intercept(week)"])
@@ -157,7 +155,7 @@ def test_rotated_features_give_the_same_posterior(entangled, monkeypatch):
     features_nd = np.concatenate([features_nd, np.random.default_rng(0).normal(size=(200, 12))], 1)
     prepared = prepare(logs, features_nd, Design.parse("category(week) + endogenous(p ~ z)"))
     rotated, _ = nested.fit_nested(prepared.spec, prepared.rows, 2000, 0)
-    monkeypatch.setattr(nested, "_orthogonalise", lambda spec, rows: (spec, rows, None))
+    monkeypatch.setattr(nested.compress, "rotate", lambda spec, stats, *_: (spec, stats, None))
     plain, _ = nested.fit_nested(prepared.spec, prepared.rows, 2000, 0)
     for name in conditional.layout(prepared.spec).names:  # the scalars draw by draw, coefficients up to their noise
         np.testing.assert_allclose(rotated[name], plain[name], rtol=1e-3, atol=1e-4, err_msg=name)
@@ -218,17 +216,6 @@ def test_posterior_names_what_is_wrong(entangled, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="expected format version 1, got 0"):
         Posterior.load(tmp_path / "old")
-
-
-@pytest.mark.parametrize(
-    "family, asked, expected",
-    [("normal", "auto", "exact"), ("binomial", "auto", "laplace"), ("binomial", "nuts", "nuts")],
-)
-def test_choice_of_the_fit(family, asked, expected):
-    prepared = types.SimpleNamespace(spec=types.SimpleNamespace(family=family))
-    assert choose(prepared, asked)[0] == expected
-    with pytest.raises(ValueError, match="causal.fit: exact needs the normal family, got 'binomial'"):
-        choose(types.SimpleNamespace(spec=types.SimpleNamespace(family="binomial")), "exact")
 
 
 def test_pareto_k_finds_the_tail():

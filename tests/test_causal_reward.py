@@ -1,13 +1,18 @@
 """Forms of the reward by hand-made numbers, preferences at their limits, and calibration."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from deconfound_jax.causal.fit import fit, fit_prepared
+from deconfound_jax.causal.orthogonal import orthogonal_form
 from deconfound_jax.causal.posterior import Posterior
+from deconfound_jax.causal.response import response_form
 from deconfound_jax.causal.reward import (
     Reward,
     contributions,
+    guarded_form,
     linear_predictor,
     model_form,
     precision_weight,
@@ -205,3 +210,90 @@ def test_counts_at_nought_and_at_all_are_finite(log_of):
     prepared = prepare(logs, features_nd, binomial)
     target, weight_n = residual_form(fit_prepared(prepared, binomial, Causal(draws=128)), prepared)
     assert np.isfinite(target.draws_sn).all() and np.isfinite(weight_n).all()
+
+
+def test_effect_is_in_units_of_the_outcome_a_unit_of_the_column(small):
+    prepared, _, posterior = small("p", p=[[0.5], [2.0]])
+    unit = prepared.scaling["outcome.sd"] / prepared.scaling["p.sd"][0]
+    np.testing.assert_allclose(posterior.effect("p"), [0.5 * unit, 2.0 * unit])
+    prepared, _, posterior = small("endogenous(p ~ z)", gamma=[1.5, 2.0])
+    np.testing.assert_allclose(posterior.effect("p"), [1.5 * unit, 2.0 * unit])
+    with pytest.raises(KeyError, match=r"posterior.effect: expected one of \['p'\], got 'q'"):
+        posterior.effect("q")
+
+
+def test_reward_at_a_value_of_what_the_text_interacts_with(small):
+    slopes = np.asarray([[0.3, 0.0], [0.0, -0.2]])
+    prepared, features_nd, posterior = small("interaction(text * p) + p", **{"text:p": slopes, "p": [[0.5], [2.0]]})
+    average, sd = model_form(posterior, features_nd).draws_sn, float(prepared.scaling["outcome.sd"])
+    x = prepared.rows.columns_nq[:, :2]
+    mean, unit = float(prepared.scaling["p.mean"][0]), float(prepared.scaling["p.sd"][0])
+    found = model_form(posterior, features_nd, at={"p": mean + 2 * unit}).draws_sn
+    np.testing.assert_allclose(found, average + 2 * sd * (slopes @ x.T))
+    np.testing.assert_allclose(model_form(posterior, features_nd, at={"p": mean}).draws_sn, average)
+    with pytest.raises(ValueError, match=r"at: the text interacts with \['p'\], got 'z'"):
+        model_form(posterior, features_nd, at={"z": 1.0})
+    # the mean over the log's p of what would have happened, by hand
+    p = np.asarray(prepared.rows.columns_nq[:, 4])
+    rest_su = linear_predictor(posterior, prepared) - posterior["text"] @ x.T - (slopes @ x.T) * p[None, :]
+    under = [posterior["text"] @ x[2] + posterior["text"][:, 0] * 0 + (slopes @ x[2]) * c for c in p]
+    expected = prepared.scaling["outcome.mean"] + sd * np.mean([rest_su[:, i] + under[i] for i in range(5)], 0)
+    np.testing.assert_allclose(response_form(posterior, prepared, features_nd).draws_sn[:, 2], expected)
+
+
+def test_a_guardrail_is_taken_off_in_its_own_units(small):
+    guard = np.asarray([[0.2, 0.1], [0.4, -0.3]])
+    prepared, features_nd, posterior = small("guardrail(p)", **{"guardrail.text": guard})
+    x, unit = prepared.rows.columns_nq[:, :2], float(prepared.scaling["p.sd"][0])
+    found = guarded_form(posterior, features_nd, 3.0)
+    np.testing.assert_allclose(found.draws_sn, model_form(posterior, features_nd).draws_sn - 3 * unit * guard @ x.T)
+    assert not contributions(posterior, prepared)  # its error is noise that is shared, not a confounder
+    with pytest.raises(ValueError, match=r"guarded_form: add guardrail\(column\)"):
+        guarded_form(small("p", p=[[0.5], [2.0]])[2], features_nd, 1.0)
+
+
+def test_response_of_counts_is_a_mean_of_rates(clicks):
+    logs, features_nd, _ = clicks(n=60)
+    design = Design("binomial", COUNTS.terms)
+    prepared = prepare(logs, features_nd, design)
+    posterior = fit_prepared(prepared, design, Causal(draws=64))
+    found = response_form(posterior, prepared, features_nd)
+    assert found.scale == "response" and found.verdict is None
+    eta_su, text_su = linear_predictor(posterior, prepared), posterior["text"] @ prepared.rows.columns_nq[:, :3].T
+    rate_s = [1 / (1 + np.exp(-(prepared.rows.offset + eta_su - text_su + text_su[:, [i]]))) for i in range(60)]
+    np.testing.assert_allclose(
+        found.draws_sn[:, prepared.row_of_log_n.argsort()], np.stack(rate_s, 1).mean(2), rtol=1e-6
+    )
+    assert abs(found.mean.mean() - logs.outcome_n.sum() / logs.exposure_n.sum()) < 0.01
+
+
+def test_the_orthogonal_form_needs_one_right_regression_of_two(log_of):
+    """The outcome moves with c^2, the design says c: f is biased through x = c^2 + noise. E[x | c^2] repairs it."""
+    rng = np.random.default_rng(0)
+    n, probe = 3000, np.asarray([[1.0, 0.0], [0.0, 0.0]])
+    c = rng.normal(size=n)
+    features_nd = np.stack([c**2 + rng.normal(size=n), rng.normal(size=n)], 1)
+    logs = log_of({"outcome": 0.5 * features_nd[:, 0] + c**2 + rng.normal(size=n), "c": c, "c2": c**2})
+    wrong, right = (Design.parse(d) for d in ("c", "c + c2"))
+    posteriors = {}
+    for name, design in (("wrong", wrong), ("right", right)):
+        prepared = prepare(logs, features_nd, design)
+        posteriors[name] = fit_prepared(prepared, design, Causal(draws=256)), prepared
+
+    def contrast(reward):
+        gap_s = reward.draws_sn[:, 0] - reward.draws_sn[:, 1]
+        return gap_s.mean(), gap_s.std()
+
+    biased, _ = contrast(model_form(posteriors["wrong"][0], probe))
+    assert biased > 0.9
+    mean, sd = contrast(orthogonal_form(*posteriors["wrong"], probe))
+    assert mean > 0.9  # neither regression is right
+    # g as the wrong design has it, E[phi | c] from the right one
+    half = dataclasses.replace(posteriors["wrong"][0], design=right)
+    half = dataclasses.replace(
+        half, draws={**half.draws, "c2": np.zeros((256, 1))}, scaling=posteriors["right"][1].scaling
+    )
+    mean, sd = contrast(orthogonal_form(half, posteriors["right"][1], probe))
+    assert abs(mean - 0.5) < 3 * sd < 0.2
+    mean, sd = contrast(orthogonal_form(*posteriors["right"], probe, np.arange(n) // 4))
+    assert abs(mean - 0.5) < 3 * sd < 0.1

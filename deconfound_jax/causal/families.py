@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from jax.scipy.special import log_ndtr, ndtr
 
 from deconfound_jax.causal.spec import Scalar, Spec
 
@@ -37,6 +38,11 @@ class Family:
     def mean(cls, eta_n, rows, psi):
         """E[y | eta] per unit of exposure: a rate, a probability, a mean, an expected grade."""
         raise NotImplementedError
+
+    @classmethod
+    def variance(cls, eta_n, rows, psi):
+        """Var[y | eta] of the row's outcome, on its own scale."""
+        return cls.distribution(eta_n, rows, psi).variance
 
     @classmethod
     def floor(cls, eta_n, rows, psi):
@@ -117,6 +123,23 @@ class Bernoulli(Binomial):
     """y ~ Bernoulli(sigmoid(offset + eta)): binomial with one trial a row; equal rows are summed."""
 
 
+class Probit(Family):
+    """y ~ Bernoulli(Phi(offset + eta)): of a Bernoulli outcome under selection, whose errors are normal."""
+
+    @classmethod
+    def distribution(cls, eta_n, rows, psi):
+        index_n = rows.offset + eta_n
+        return dist.Bernoulli(logits=log_ndtr(index_n) - log_ndtr(-index_n))
+
+    @classmethod
+    def mean(cls, eta_n, rows, psi):
+        return ndtr(rows.offset + eta_n)
+
+    @classmethod
+    def floor(cls, eta_n, rows, psi):
+        return jnp.full_like(eta_n, 1e-9)
+
+
 class BetaBinomial(Binomial):
     """y ~ BetaBinomial(n, mu k, (1 - mu) k), mu = sigmoid(offset + eta), k = 1 / dispersion^2."""
 
@@ -136,7 +159,7 @@ class BetaBinomial(Binomial):
         rate_n, share = cls.mean(eta_n, rows, psi), 1 / (psi["dispersion"] ** -2 + 1)
         return 0.1 * rows.exposure_n * rate_n * (1 - rate_n) / (1 + (rows.exposure_n - 1) * share) + 1e-9
 
-    curvature = Family.curvature
+    curvature = classmethod(Family.curvature.__func__)  # not the binomial's shortcut
 
 
 class Poisson(Family):
@@ -189,13 +212,26 @@ class Ordinal(Family):
 
     @classmethod
     def mean(cls, eta_n, rows, psi):
-        return jax.nn.sigmoid(eta_n[..., None] - cls.cuts(psi)).sum(-1)
+        return cls.above(eta_n, psi).sum(-1)
+
+    @classmethod
+    def variance(cls, eta_n, rows, psi):
+        # E[y^2] = sum_k (2 k + 1) P(y > k)
+        above = cls.above(eta_n, psi)
+        odd = 2 * jnp.arange(above.shape[-1]) + 1.0
+        return above @ odd - above.sum(-1) ** 2
+
+    @classmethod
+    def above(cls, eta_n, psi):
+        """P(y > k), (..., categories - 1)."""
+        return jax.nn.sigmoid(eta_n[..., None] - jnp.expand_dims(cls.cuts(psi), tuple(range(jnp.ndim(eta_n)))))
 
 
 FAMILIES = {
     "normal": Normal,
     "student_t": StudentT,
     "bernoulli": Bernoulli,
+    "probit": Probit,
     "binomial": Binomial,
     "beta_binomial": BetaBinomial,
     "poisson": Poisson,

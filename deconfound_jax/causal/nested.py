@@ -197,6 +197,8 @@ def _draw_all(spec: Spec, data, raw_sk, keys, rotation_dd):
 def _mode(spec: Spec, data):
     """Mode of psi, its covariance by differences of the gradient, the gradient's size there, and a near start."""
     begin, n = np.asarray(start(spec)), len(scalars(spec))
+    if not n:  # every scale is fixed: nothing to search
+        return begin, np.zeros((0, 0)), 0.0, _stats(spec, data, jnp.asarray(begin))[1]
     bounds = [(-9.0, 4.0) if s.positive else (None, None) for s in scalars(spec)]
 
     def value_and_gradient(raw):
@@ -223,6 +225,9 @@ def _mode(spec: Spec, data):
 
 def _importance(spec: Spec, data, mode, covariance, draws, seed):
     """Weighted draws of psi from a two-sided t around its mode, and the Pareto k of their weights."""
+
+    if not len(mode):
+        return np.zeros((draws, 0)), np.full(draws, 1 / draws), float("-inf")
 
     def log_density(raw_md):
         padded = np.concatenate([raw_md, np.repeat(raw_md[:1], -len(raw_md) % _CHUNK, axis=0)])

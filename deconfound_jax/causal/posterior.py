@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
 
+from deconfound_jax.causal.builders import site_of
+from deconfound_jax.causal.spec import equations_of
 from deconfound_jax.structs import Design
+
+if TYPE_CHECKING:
+    from deconfound_jax.causal.verdict import Verdict
 
 VERSION = 1  # of the file format
 
@@ -42,10 +47,30 @@ class Posterior:
     def status(self) -> str:
         return "converged" if self.converged else "not converged"
 
-    def slope(self, site: str, column: str) -> np.ndarray:
-        """Draws (s,) of a scalar coefficient in units of y per unit of the column."""
-        value_s = self[site].reshape(len(self[site]), -1)[:, 0]
-        return value_s * float(self.scaling["outcome.sd"]) / float(np.ravel(self.scaling[f"{column}.sd"])[0])
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the checks say of this fit; None where nobody asked (`verdict.judged`)."""
+        from deconfound_jax.causal.verdict import Verdict  # it reads posteriors
+
+        return Verdict.from_json(self.diagnostics["verdict"]) if "verdict" in self.diagnostics else None
+
+    def effect(self, column: str) -> np.ndarray:
+        """Draws (s,) of a scalar effect in units of y per unit of the column (link scale).
+
+        Of a linear or treatment term its coefficient, of an endogenous one gamma.
+
+        Raises:
+          KeyError: no such term; it names those there are.
+        """
+        terms = {t.column: t for t in self.design.terms if t.kind in ("linear", "treatment", "endogenous")}
+        if column not in terms:
+            raise KeyError(f"posterior.effect: expected one of {sorted(terms)}, got {column!r}")
+        site = site_of(column)
+        if terms[column].kind == "endogenous":
+            columns = tuple(t.column for t in self.design.endogenous_terms)
+            site = "gamma" + equations_of(columns)[columns.index(column)].suffix
+        unit = float(np.ravel(self.scaling[f"{site_of(column)}.sd"])[0])
+        return self[site].reshape(len(self[site]), -1)[:, 0] * float(self.scaling["outcome.sd"]) / unit
 
     def save(self, path: epath.PathLike) -> None:
         """Writes one .npz: arrays and a JSON header, no pickle."""

@@ -1,21 +1,38 @@
 """The reward that is left when the confounders' effect is out.
 
-Three forms, all as joint draws, so that the shared error of gamma cancels in
-differences: `model_form` for any text, `text_form` for logged texts, and
-`residual_form` as a regression target. All are on the link scale in units of the
-outcome (logits for counts), centred on the log.
+Forms as joint draws, so that the shared error of gamma cancels in differences:
+`model_form` for any text, `guarded_form` less what the text does to a second outcome,
+`text_form` for logged texts, `residual_form` as a regression target. All are on the link
+scale in units of the outcome (logits for counts), centred on the log. Elsewhere:
+`orthogonal` (partially linear) and `response` (the outcome's own scale).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deconfound_jax.causal import head as heads
+from deconfound_jax.causal.builders import site_of
+from deconfound_jax.causal.families import FAMILIES
+from deconfound_jax.causal.parts import contributions, removed, text_intercept
 from deconfound_jax.causal.posterior import Posterior
-from deconfound_jax.causal.terms import Prepared, site_of
+from deconfound_jax.causal.predict import doubled, doubled_draws, eta_of, linear_predictor
+from deconfound_jax.causal.spec import Head, Prepared, Rows, Spec
+
+if TYPE_CHECKING:
+    from deconfound_jax.causal.verdict import Verdict
+
+__all__ = [
+    "Reward", "contributions", "guarded_form", "linear_predictor", "model_form", "precision_weight", "prefer",
+    "removed", "residual_form", "standard_features", "text_coefficients", "text_form", "working_response",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +42,8 @@ class Reward:
     draws_sn: np.ndarray
     form: str
     converged: bool = True
+    verdict: Verdict | None = None  # what the design can answer; None: nobody asked
+    scale: str = "link"  # "response": outcome units per exposure, averaged over the log's confounders
 
     @property
     def mean(self) -> np.ndarray:
@@ -71,16 +90,49 @@ def precision_weight(first_s, second_s, tau):
     return tau**2 / (tau**2 + variance)
 
 
-def model_form(posterior: Posterior, features_nd: np.ndarray) -> Reward:
-    """f(x) for any texts: r = phi(x)' beta in units of the outcome.
+def model_form(
+    posterior: Posterior, features_nd: np.ndarray, head: Head | None = None, at: Mapping[str, float] | None = None
+) -> Reward:
+    """f(x) for any texts: r = phi(x)' beta in units of the outcome, link scale.
+
+    Where the text's effect differs with a column c (interaction(text * c)), the reward is
+    averaged over the log's c, or taken `at` a value of it: phi(x)' (beta + beta_c c).
+
+    Args:
+      posterior: of a fit.
+      features_nd: phi(x) of n texts, in the features' own units.
+      head: the (init, apply) that the fit had, if it had one.
+      at: value of each interacting column, in its own units.
 
     Raises:
-      ValueError: features of another width than the posterior's.
+      ValueError: features of another width than the posterior's; a head where the fit
+        had none, or none where it had one; `at` a column that the text does not interact with.
     """
-    return Reward(_effect_of_text(posterior, features_nd), "model", posterior.converged)
+    return Reward(
+        _effect_of_text(posterior, features_nd, "", head, at or {}), "model", posterior.converged, posterior.verdict
+    )
 
 
-def text_form(posterior: Posterior, prepared: Prepared, features_nd: np.ndarray) -> Reward:
+def guarded_form(posterior: Posterior, features_nd: np.ndarray, penalty: float) -> Reward:
+    """y1 - penalty y2: the reward less what the text does to the guardrail, joint draws.
+
+    Args:
+      penalty: lambda, units of the outcome that one unit of the guardrail is worth.
+
+    Raises:
+      ValueError: the design has no guardrail term.
+    """
+    guardrail = posterior.design.guardrail
+    if guardrail is None:
+        raise ValueError(f"guarded_form: add guardrail(column) to the design {str(posterior.design)!r}")
+    harm_sn = _effect_of_text(posterior, features_nd, "guardrail.", None, {})
+    unit = float(np.ravel(posterior.scaling[f"{site_of(guardrail.column)}.sd"])[0])
+    harm_sn = harm_sn * unit / float(posterior.scaling["outcome.sd"])
+    draws_sn = model_form(posterior, features_nd).draws_sn - penalty * harm_sn
+    return Reward(draws_sn, "guarded", posterior.converged, posterior.verdict)
+
+
+def text_form(posterior: Posterior, prepared: Prepared, features_nd: np.ndarray, head: Head | None = None) -> Reward:
     """f(x) + kappa (residual - f) for the log's texts: what the words share, and what this text did.
 
     A text's own deviation is d ~ N(0, tau^2), seen with sampling variance v, so
@@ -92,13 +144,14 @@ def text_form(posterior: Posterior, prepared: Prepared, features_nd: np.ndarray)
 
     Args:
       features_nd: of the log's rows, in the log's order.
+      head: the (init, apply) that the fit had, if it had one.
 
     Raises:
       ValueError: where neither holds: the deviation cannot be told from noise.
     """
-    model_sn = _effect_of_text(posterior, features_nd)
+    model_sn = model_form(posterior, features_nd, head).draws_sn
     sd = float(posterior.scaling["outcome.sd"])
-    site = _text_intercept(posterior, prepared)
+    site = text_intercept(posterior, prepared)
     if site is not None:
         level = next(level for level in prepared.spec.levels if level.name == site)
         codes_n = prepared.rows.levels_nc[prepared.row_of_log_n, level.column]
@@ -118,82 +171,95 @@ def text_form(posterior: Posterior, prepared: Prepared, features_nd: np.ndarray)
             f"text_form: add intercept({prepared.scaling['text.column']}) to the design {str(posterior.design)!r}; "
             "without it a text's deviation cannot be told from noise"
         )
-    return Reward(model_sn + sd * deviation_sn, "text", posterior.converged)
+    return Reward(model_sn + sd * deviation_sn, "text", posterior.converged, posterior.verdict)
 
 
 def residual_form(posterior: Posterior, prepared: Prepared) -> tuple[Reward, np.ndarray]:
     """y~ - sum_k [g_k - mean] - gamma (p - mean p) - c0 e, a target for regression, and its weight.
 
-    For the binomial family y~ is the empirical logit.
+    y~ is the working response (`working_response`): the outcome itself in the normal families.
 
     Returns:
       The target (s, n) in units of the outcome, and weights (n,) = 1 / (v + var of the removed part).
+
+    Raises:
+      ValueError: a selection design, where a seen outcome's noise has not mean zero.
     """
-    rows, sd = prepared.rows, float(posterior.scaling["outcome.sd"])
-    target_u = rows.outcome_n
-    if posterior.design.family == "binomial":
-        hit, miss = rows.outcome_n + 0.5, rows.exposure_n - rows.outcome_n + 0.5
-        target_u, sampling_u = np.log(hit / miss) - rows.offset, 1 / hit + 1 / miss
-    else:
-        sampling_u = np.mean(posterior["sigma"] ** 2) / rows.precision_n
+    sd = float(posterior.scaling["outcome.sd"])
+    response_su, sampling_su = working_response(posterior, prepared)
     removed_su = removed(posterior, prepared)
-    draws = (sd * (target_u[None, :] - removed_su))[:, prepared.row_of_log_n]
-    weight = 1 / (sd**2 * (sampling_u + removed_su.var(0)))
-    return Reward(draws, "residual", posterior.converged), weight[prepared.row_of_log_n]
+    draws = (sd * (response_su - removed_su))[:, prepared.row_of_log_n]
+    weight = 1 / (sd**2 * (sampling_su.mean(0) + removed_su.var(0)))
+    return Reward(draws, "residual", posterior.converged, posterior.verdict), weight[prepared.row_of_log_n]
 
 
-def contributions(posterior: Posterior, prepared: Prepared) -> dict[str, np.ndarray]:
-    """Each confounder's part of eta by row, (s, u), centred over rows, standardised units of y.
+def working_response(posterior: Posterior, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
+    """y~ = eta + (y - mu) d eta / d mu and its sampling variance, (s, u) each, standardised or link units.
 
-    A category's part is its levels and their means; an endogenous confounder's is
-    gamma p and the control function together.
+    An observed 0 or n clicks is finite here. Source: McCullagh and Nelder (1989), section 2.5.
     """
-    rows, spec, parts = prepared.rows, prepared.spec, {}
-    for block in spec.blocks[1:]:
-        part_su = posterior[block.name] @ rows.columns_nq[:, block.start : block.stop].T
-        _add(parts, block.name.removesuffix(".means"), part_su)
-    for level in spec.levels:
-        _add(parts, level.name, posterior[level.name][:, rows.levels_nc[:, level.column]])
-    if spec.endogenous:
-        _add(parts, site_of(posterior.design.endogenous.column), _endogenous_part(posterior, prepared))
-    return {name: part - part.mean(1, keepdims=True) for name, part in parts.items()}
+    if prepared.spec.selection:
+        raise ValueError(f"design {str(posterior.design)!r}: a seen outcome is selected; expected the model form")
+    with jax.enable_x64(True):
+        found = _working(prepared.spec, doubled(prepared.rows), doubled_draws(posterior))
+        return tuple(np.asarray(value) for value in found)
 
 
-def removed(posterior: Posterior, prepared: Prepared) -> np.ndarray:
-    """The sum of all confounders' parts (s, u); a text's own deviation stays in the reward."""
-    text = _text_intercept(posterior, prepared)
-    parts = [part for name, part in contributions(posterior, prepared).items() if name != text]
-    return sum(parts, np.zeros((len(posterior["intercept"]), len(prepared.rows.outcome_n))))
+@partial(jax.jit, static_argnames="spec")
+def _working(spec: Spec, rows: Rows, draws):
+    family = FAMILIES[spec.family]
+    size_n = rows.exposure_n if family.counts else jnp.ones_like(rows.exposure_n)
+
+    def one(found):
+        eta_n = eta_of(spec, rows, found)
+        mean_n, slope_n = jax.jvp(
+            lambda eta_n: size_n * family.mean(eta_n, rows, found), (eta_n,), (jnp.ones_like(eta_n),)
+        )
+        variance_n = family.variance(eta_n, rows, found)
+        return eta_n + (rows.outcome_n - mean_n) / slope_n, variance_n / slope_n**2
+
+    return jax.lax.map(one, draws)
 
 
-def linear_predictor(posterior: Posterior, prepared: Prepared) -> np.ndarray:
-    """eta (s, u) on the standardised scale, offset aside."""
-    spec = prepared.spec
-    eta_su = posterior["intercept"][:, None] + _exogenous(posterior, prepared, spec.blocks, "")
-    return eta_su + _endogenous_part(posterior, prepared) if spec.endogenous else eta_su
+def text_coefficients(posterior: Posterior, prefix: str = "", at: Mapping[str, float] | None = None) -> np.ndarray:
+    """Draws (s, d) of the text's effect on standardised units, of the equation with this prefix.
+
+    With the text's share in what a treatment is expected to be, and the interactions' part
+    at a value of their columns.
+    """
+    found = posterior[f"{prefix}text"]
+    for name in posterior.scaling:
+        if name.endswith(".expected.text"):
+            found = found + posterior[prefix + name.removesuffix(".text")][:, :1] * posterior.scaling[name][None, :]
+    for column, value in (at or {}).items():
+        block, site = f"{prefix}text:{column}", site_of(column)
+        if block not in posterior.draws:
+            known = [n.removeprefix("text:") for n in posterior.draws if n.startswith("text:") and "." not in n]
+            raise ValueError(f"at: the text interacts with {known}, got {column!r}")
+        mean, sd = (float(np.ravel(posterior.scaling[f"{site}.{part}"])[0]) for part in ("mean", "sd"))
+        found = found + posterior[block] * (value - mean) / sd
+    return found
 
 
-def _effect_of_text(posterior: Posterior, features_nd: np.ndarray) -> np.ndarray:
+def standard_features(posterior: Posterior, features_nd: np.ndarray) -> np.ndarray:
+    """Features as the fit saw them; ValueError for another width."""
     mean_d, sd_d = posterior.scaling["features.mean"], posterior.scaling["features.sd"]
     features_nd = np.asarray(features_nd, np.float64)
     if features_nd.ndim != 2 or features_nd.shape[1] != len(mean_d):
         raise ValueError(f"features: expected (n, {len(mean_d)}) as in the fit, got {features_nd.shape}")
-    standard_nd = (features_nd - mean_d[None, :]) / sd_d[None, :]
-    return float(posterior.scaling["outcome.sd"]) * (posterior["text"] @ standard_nd.T)
+    return (features_nd - mean_d[None, :]) / sd_d[None, :]
 
 
-def _endogenous_part(posterior: Posterior, prepared: Prepared) -> np.ndarray:
-    rows, spec = prepared.rows, prepared.spec
-    first_su = posterior["first.intercept"][:, None] + _exogenous(posterior, prepared, spec.first_blocks, "first.")
-    error_su = (rows.endogenous_nm[None, :, 0] - first_su) / posterior["first.sigma"][:, None]
-    return posterior["gamma"][:, None] * rows.endogenous_nm[None, :, 0] + posterior["control"][:, None] * error_su
-
-
-def _exogenous(posterior: Posterior, prepared: Prepared, blocks, prefix: str) -> np.ndarray:
-    rows = prepared.rows
-    parts = [posterior[prefix + b.name] @ rows.columns_nq[:, b.start : b.stop].T for b in blocks]
-    parts += [posterior[prefix + v.name][:, rows.levels_nc[:, v.column]] for v in prepared.spec.levels]
-    return sum(parts)
+def _effect_of_text(posterior: Posterior, features_nd: np.ndarray, prefix: str, head: Head | None, at) -> np.ndarray:
+    standard_nd, sd = standard_features(posterior, features_nd), float(posterior.scaling["outcome.sd"])
+    sites = {name: jnp.asarray(v) for name, v in posterior.draws.items() if name.startswith(heads.PREFIX)}
+    if bool(sites) != (head is not None):
+        wanted = "the head of the fit" if sites else "no head: f is linear"
+        raise ValueError(f"head: expected {wanted}, got {head!r}")
+    if head is None:
+        return sd * (text_coefficients(posterior, prefix, at) @ standard_nd.T)
+    standard_nd = jnp.asarray(standard_nd, jnp.float32)
+    return sd * np.asarray(jax.lax.map(lambda found: heads.evaluate(head, found, standard_nd), sites), np.float64)
 
 
 def _sampling_variance(posterior: Posterior, prepared: Prepared) -> np.ndarray:
@@ -205,14 +271,3 @@ def _sampling_variance(posterior: Posterior, prepared: Prepared) -> np.ndarray:
     sd, mean = float(posterior.scaling["outcome.sd"]), float(posterior.scaling["outcome.mean"])
     eta_u = mean + sd * linear_predictor(posterior, prepared).mean(0)
     return (2 + np.exp(eta_u) + np.exp(-eta_u)) / (prepared.rows.exposure_n * sd**2)
-
-
-def _text_intercept(posterior: Posterior, prepared: Prepared) -> str | None:
-    """The level term on the text column itself, if the design has one (a text is its own level)."""
-    texts = prepared.scaling["text.column"]
-    found = any(term.kind == "intercept" and term.column == texts for term in posterior.design.terms)
-    return site_of(texts) if found else None
-
-
-def _add(parts: dict, name: str, part: np.ndarray) -> None:
-    parts[name] = parts[name] + part if name in parts else part

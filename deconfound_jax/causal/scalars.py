@@ -16,10 +16,12 @@ from deconfound_jax.causal.spec import Block, Equation, Scalar, Spec
 
 def scalars(spec: Spec) -> tuple[Scalar, ...]:
     """psi in order: the outcome's scales and family parameters, each equation's, then error correlations."""
-    found = _scales(spec, spec.blocks, "") + list(FAMILIES[spec.family].scalars(spec))
+    found = _scales(spec, spec.blocks[1:] if spec.head else spec.blocks, "") + list(FAMILIES[spec.family].scalars(spec))
     for equation in spec.equations:
         found += _scales(spec, spec.blocks_of(equation), equation.prefix)
         found.append(Scalar(f"{equation.prefix}sigma", dist.HalfNormal(1.0), True))
+    if spec.selection:  # rho = tanh of a logistic variable: uniform
+        found += [*_scales(spec, spec.blocks, "selection."), Scalar("rho.atanh", dist.Logistic(0.0, 0.5), False)]
     return (*found, *(Scalar(name, dist.Normal(0.0, spec.control_sd), False) for _, name in controls(spec)))
 
 

@@ -144,6 +144,16 @@ def verdict(
     return decide(checks, posterior.design, config, gamma, flips)
 
 
+def judged(posterior: Posterior, prepared: Prepared, config: Checks | None = None, **given) -> Posterior:
+    """The posterior with its verdict attached: rewards made of it carry it, and it is saved with it.
+
+    Args:
+      given: as `verdict` takes them.
+    """
+    found = verdict(posterior, prepared, config, **given).to_json()
+    return dataclasses.replace(posterior, diagnostics={**posterior.diagnostics, "verdict": found})
+
+
 def decide(checks: Sequence[Check], design: Design, config: Checks, gamma=(), flips=None) -> Verdict:
     """Adjusts the tests' p-values and reads the status off the failed checks."""
     tests = [c for c in checks if c.test]

@@ -11,5 +11,19 @@ from deconfound_jax.config.models import Decoder, Features
 from deconfound_jax.config.report import Report
 from deconfound_jax.config.run import Run
 from deconfound_jax.config.simulate import Newsroom
+from deconfound_jax.config.verdict import Checks
 
-__all__ = ["Causal", "Decoder", "Dpo", "Features", "Joint", "LogsSource", "Newsroom", "Report", "Run", "Sft", "Split"]
+__all__ = [
+    "Causal",
+    "Checks",
+    "Decoder",
+    "Dpo",
+    "Features",
+    "Joint",
+    "LogsSource",
+    "Newsroom",
+    "Report",
+    "Run",
+    "Sft",
+    "Split",
+]

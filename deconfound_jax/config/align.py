@@ -25,6 +25,7 @@ class Dpo:
     beta: float = 0.3  # strength of the pull to the reference
     learning_rate: float = 5e-4
     weight: Literal["one", "precision"] = "one"  # precision: tau^2 / (tau^2 + var(r_a - r_b))
+    accept_risk: bool = False  # train on a reward whose verdict is not `consistent`
     evaluate_every: int = 10  # steps between samplings of the policy (share and KL along the way)
     samples: int = 1024  # texts sampled for each of them
     kl: float = 1.0  # nats a text: policies are compared here, by interpolation along their training

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deconfound_jax.align.groups import GroupBatch, epochs, form_groups, pair_labels
+from deconfound_jax.align.groups import GroupBatch, epochs, form_groups, pair_index, pair_labels
 from deconfound_jax.align.joint import JointBatch, init_causal, joint_step
 from deconfound_jax.align.preference import dpo_objective
 from deconfound_jax.causal.reward import Reward
@@ -35,7 +36,8 @@ def joint_stage(decoder: Decoder, spec: Spec, config: Dpo, joint: Joint) -> Stag
 
 
 def align(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.ndarray, reward: Reward,
-          codes_n: np.ndarray | None, config: Dpo, seed: int, record: Record, evaluators=()) -> Any:  # fmt: skip
+          codes_n: np.ndarray | None, config: Dpo, seed: int, record: Record, evaluators=(),
+          sign: Callable | None = None) -> Any:  # fmt: skip
     """Two-stage DPO of `reference` on the joint draws of a reward; returns the policy's parameters.
 
     Args:
@@ -43,9 +45,18 @@ def align(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.ndarray,
       reward: their reward, draws (s, n); tau is the sd of its mean over the log.
       codes_n: pairs are formed inside equal values; None: across rows.
       evaluators: see `train.loop.run_stage`.
+      sign: for a `bounded` verdict, (rows a, rows b) -> +1, -1 or 0: pairs of 0 do not train
+        (`causal.interval.RewardInterval.sign` on the rows' features).
+
+    Raises:
+      ValueError: a reward without a verdict, or with one that does not allow to train, unless
+        `config.accept_risk`; it names the failed checks and what would mend them.
     """
+    require(reward, config.accept_risk, sign is not None)
     groups_mg = form_groups(codes_n, len(tokens_nl), config.group_size, seed)
     label_mp, weight_mp = pair_labels(reward.draws_sn, groups_mg, float(reward.mean.std()), config.weight)
+    if sign is not None:
+        weight_mp = weight_mp * signed_pairs(groups_mg, sign)
     reference_n = text_logprobs(decoder, reference, tokens_nl)
     order = epochs(len(groups_mg), config.groups, seed)
 
@@ -56,6 +67,33 @@ def align(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.ndarray,
 
     state = init_state(reference, stage.optimizer)
     return _run(stage, state, config, batch, seed, record, evaluators).params
+
+
+def require(reward: Reward, accept_risk: bool, bounded: bool = False) -> None:
+    """Refuses a reward that may not train: ValueError unless its verdict is `consistent`.
+
+    Args:
+      bounded: pairs are held back where the interval has no sign, so a `bounded` verdict will do.
+    """
+    if accept_risk:
+        return
+    if reward.verdict is None:
+        raise ValueError(
+            "reward.verdict: expected a verdict, got none; fit() attaches one, verdict(posterior, prepared) "
+            "makes one, and accept_risk=True trains without"
+        )
+    if not (bounded and reward.verdict.status == "bounded"):
+        reward.verdict.require()
+
+
+def signed_pairs(groups_mg: np.ndarray, sign: Callable) -> np.ndarray:
+    """1 where a pair's order is the same over the whole interval, (m, p); ValueError where no pair's is."""
+    first, second = pair_index(groups_mg.shape[1])
+    a, b = groups_mg[:, first], groups_mg[:, second]
+    keep = (np.asarray(sign(a.reshape(-1), b.reshape(-1))).reshape(a.shape) != 0) & (a >= 0) & (b >= 0)
+    if not keep.any():
+        raise ValueError("align: no pair has one sign over the whole interval of the reward; nothing to train on")
+    return keep.astype(np.float32)
 
 
 def align_jointly(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.ndarray, prepared: Prepared,
