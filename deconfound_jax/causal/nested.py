@@ -101,24 +101,24 @@ def newton(spec: Spec, rows: Rows, raw: jax.Array, eta_n: jax.Array, steps: int 
 
     def step(carry):
         i, eta_n, _ = carry
-        new_n = newton_step(spec, rows, raw, eta_n)
+        new_n = newton_step(spec, rows, raw, eta_n, FAMILIES[spec.family].ascent)
         return i + 1, new_n, jnp.abs(new_n - eta_n).max()
 
     return jax.lax.while_loop(unfinished, step, (0, eta_n, jnp.full((), jnp.inf, eta_n.dtype)))[1]
 
 
-def newton_step(spec: Spec, rows: Rows, raw: jax.Array, eta_n: jax.Array) -> jax.Array:
-    """One step, bounded so that it cannot overshoot to rate 0 or 1."""
+def newton_step(spec: Spec, rows: Rows, raw: jax.Array, eta_n: jax.Array, curvature=None) -> jax.Array:
+    """One step (by the family's curvature unless another is given), bounded: it cannot overshoot to rate 0 or 1."""
     psi = constrain(spec, raw)
-    solution = conditional.solve(spec, surrogate(spec, rows, eta_n, psi), psi)
+    solution = conditional.solve(spec, surrogate(spec, rows, eta_n, psi, curvature), psi)
     found = conditional.sites(spec, solution, solution.mean_d, jnp.zeros_like(solution.level_linear_um))
     return eta_n + jnp.clip(linear_predictor(spec, rows, found | psi) - eta_n, -4.0, 4.0)
 
 
-def surrogate(spec: Spec, rows: Rows, eta_n: jax.Array, psi) -> conditional.Moments:
+def surrogate(spec: Spec, rows: Rows, eta_n: jax.Array, psi, curvature=None) -> conditional.Moments:
     """Cross products of the quadratic that touches the log-likelihood at eta."""
     family = FAMILIES[spec.family]
-    first_n, information_n = family.curvature(eta_n, rows, psi)
+    first_n, information_n = (curvature or family.curvature)(eta_n, rows, psi)
     log_prob_n = family.distribution(eta_n, rows, psi).log_prob(rows.outcome_n)
     constant = jnp.sum(rows.weight_n * (log_prob_n + 0.5 * first_n**2 / information_n))
     return conditional.moments(spec, rows, eta_n + first_n / information_n, information_n, constant)
