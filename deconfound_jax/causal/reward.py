@@ -53,9 +53,16 @@ class Reward:
     def sd(self) -> np.ndarray:
         return self.draws_sn.std(0)
 
-    def lower(self, quantile: float = 0.05) -> np.ndarray:
-        """Lower bound: the posterior quantile, (n,)."""
-        return np.quantile(self.draws_sn, quantile, axis=0)
+    def lower(self, quantile: float = 0.05, over: np.ndarray | None = None) -> np.ndarray:
+        """Lower bound: the posterior quantile, (n,).
+
+        Args:
+          over: (n,) for each text the one it would replace: the bound is then that of the
+            improvement r_i - r_over[i], in which errors that both share cancel (safe policy
+            improvement, Laroche, Trichelair and Tachet des Combes 2019). A text over itself: 0.
+        """
+        draws_sn = self.draws_sn if over is None else self.draws_sn - self.draws_sn[:, over]
+        return np.quantile(draws_sn, quantile, axis=0)
 
     def prefer(self, a, b, tau: float) -> np.ndarray:
         """P(text a is better than text b), see `prefer`. The residual form has no probabilities.
