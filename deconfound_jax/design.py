@@ -115,6 +115,10 @@ class Design:
         places = [(t.column, t.by, "smooth" if t.kind == "smooth" else "") for t in self.terms]
         if len(set(places)) < len(places):
             raise ValueError(f"Design.terms: a column may carry one term (and a smooth), got {[*map(str, self.terms)]}")
+        smooth = {t.column for t in self.terms if t.kind == "smooth"}
+        for term in self.terms:
+            if term.column in smooth and term.kind not in ("smooth", "category", "intercept", "interaction"):
+                raise ValueError(f"Design.terms: smooth({term.column}) holds a line already, got {term} beside it")
         for kind in ("selection", "guardrail"):
             if sum(t.kind == kind for t in self.terms) > 1:
                 raise ValueError(f"Design.terms: one {kind} term is supported, got {[*map(str, self.terms)]}")

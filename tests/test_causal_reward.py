@@ -297,10 +297,3 @@ def test_the_orthogonal_form_needs_one_right_regression_of_two(log_of):
     assert abs(mean - 0.5) < 3 * sd < 0.2
     mean, sd = contrast(orthogonal_form(*posteriors["right"], probe, np.arange(n) // 4))
     assert abs(mean - 0.5) < 3 * sd < 0.1
-
-
-def test_lower_bound_of_an_improvement_cancels_shared_errors():
-    shared_s = np.linspace(-5.0, 5.0, 101)
-    reward = Reward(np.stack([shared_s, shared_s + 0.1], 1), "model")
-    np.testing.assert_allclose(reward.lower(over=np.asarray([0, 0])), [0.0, 0.1], atol=1e-12)
-    assert reward.lower()[1] < -4

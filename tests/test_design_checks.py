@@ -36,7 +36,8 @@ def made():
 
 WORKS = [
     "", "flag", "hour + category(week)", "category(week, absorbed)", "smooth(hour)", "smooth(hour, spline)",
-    "embedding(article)", "interaction(text * flag)", "interaction(hour * flag)", "treatment(dose)", "treatment(flag)",
+    "embedding(article)", "flag + interaction(text * flag)",
+    "interaction(hour * flag)", "treatment(dose)", "treatment(flag)",
     "intercept(week)", "endogenous(p ~ z1)", "guardrail(harm)", "selection(seen ~ z1 + z2) + hour",
     "endogenous(p ~ z1 + z2) + endogenous(q ~ z2) + hour + category(week)",
 ]  # fmt: skip

@@ -40,8 +40,15 @@ def test_pairs_without_a_sign_are_masked():
     groups_mg = np.asarray([[0, 1, 2], [3, 4, -1]])
 
     def sign(a, b):
-        return np.where((a == 0) & (b == 1), 0, 1)
+        return np.where((a == 0) & (b == 1), 0, np.where(a == 1, -1, 1))
 
-    np.testing.assert_array_equal(signed_pairs(groups_mg, sign), [[0, 1, 1], [1, 0, 0]])
+    np.testing.assert_array_equal(signed_pairs(groups_mg, sign), [[0, 1, -1], [1, 0, 0]])
     with pytest.raises(ValueError, match="no pair has one sign"):
         signed_pairs(groups_mg, lambda a, b: np.zeros(len(a)))
+
+
+def test_lower_bound_of_an_improvement_cancels_shared_errors():
+    shared_s = np.linspace(-5.0, 5.0, 101)
+    reward = Reward(np.stack([shared_s, shared_s + 0.1], 1), "model")
+    np.testing.assert_allclose(reward.lower(over=np.asarray([0, 0])), [0.0, 0.1], atol=1e-12)
+    assert reward.lower()[1] < -4

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from deconfound_jax.causal import conditional
+from deconfound_jax.causal.spec import summed
 from deconfound_jax.causal.terms import empirical_logit, prepare
 from deconfound_jax.structs import Design
 
@@ -36,10 +37,16 @@ def test_equal_rows_of_counts_are_summed_and_others_are_not(log_of):
         "outcome": np.asarray([1.0, 2.0, 3.0, 4.0]), "shown": np.asarray([10.0, 20.0, 30.0, 40.0]),
     }  # fmt: skip
     logs, features_nd = log_of(columns, exposure="shown"), np.asarray([[0.0], [0.0], [0.0], [1.0]])
-    prepared = prepare(logs, features_nd, Design.parse("intercept(week)", "binomial"))
+    prepared = prepare(logs, features_nd, Design.parse("intercept(week)", "normal", "empirical_logit"))
     assert len(prepared.rows.outcome_n) == 3
-    np.testing.assert_array_equal(prepared.rows.outcome_n[prepared.row_of_log_n], [3.0, 3.0, 3.0, 4.0])
     np.testing.assert_array_equal(prepared.rows.exposure_n[prepared.row_of_log_n], [30.0, 30.0, 30.0, 40.0])
+    counts = prepare(logs, features_nd, Design.parse("intercept(week)", "binomial"))
+    assert len(counts.rows.outcome_n) == 4  # every check counts the log's rows; only the fit sums them
+    fitted = summed(counts.spec, counts.rows)
+    np.testing.assert_array_equal(
+        sorted(zip(fitted.outcome_n, fitted.exposure_n, strict=True)), [(3, 30), (3, 30), (4, 40)]
+    )
+    assert summed(counts.spec._replace(family="beta_binomial"), counts.rows) is counts.rows  # a sum has another law
     kept = prepare(logs, features_nd, Design.parse("intercept(week)"))  # not counts: all stay
     assert len(kept.rows.outcome_n) == len(kept.rows.columns_nq) == 4
     np.testing.assert_array_equal(kept.row_of_log_n, np.arange(4))

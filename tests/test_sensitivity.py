@@ -93,12 +93,17 @@ def test_a_declared_treatments_robustness_is_that_of_its_t_value(log_of):
 
 def test_the_risk_ratio_follows_the_family():
     rows = SimpleNamespace(columns_nq=np.array([[0.0], [1.0]]), offset=np.log(0.2 / 0.8))
-    posterior = SimpleNamespace(scaling={"outcome.sd": 2.0})
+    scaling = {"outcome.sd": 2.0, "outcome.mean": np.log(0.2 / 0.8), "t.sd": np.ones(1)}
+    design = SimpleNamespace(response="identity")
+    posterior = SimpleNamespace(scaling=scaling, design=design)
     rate = np.exp(0.5) / (0.8 + 0.2 * np.exp(0.5))
     for family, expected in (("normal", np.exp(0.91 * 0.25)), ("poisson", np.exp(0.5)), ("binomial", rate)):
         spec = SimpleNamespace(family=family, blocks=[SimpleNamespace(name="t", start=0)])
         ratio = sens.risk_ratio(posterior, SimpleNamespace(spec=spec, rows=rows), "t", 0.5)
         assert ratio == pytest.approx(expected)
+    logit = SimpleNamespace(scaling=scaling, design=SimpleNamespace(response="empirical_logit"))
+    spec = SimpleNamespace(family="normal", blocks=[SimpleNamespace(name="t", start=0)])
+    assert sens.risk_ratio(logit, SimpleNamespace(spec=spec, rows=rows), "t", 0.5) == pytest.approx(rate)
 
 
 def test_the_effect_of_a_broken_exclusion_is_that_of_a_refit(entangled):

@@ -82,7 +82,7 @@ def smooth(term: Term, context: Context) -> Iterable[Piece]:
         spectrum = bases.lay_hilbert(values_n, site, term.bases, context.scaling)
     line_n1, wiggles_nk = _smooth_at(term, values_n, context.scaling)
     yield Piece(f"{site}.line", line_n1, 1.0)
-    yield Piece(site, wiggles_nk, None, spectrum)
+    yield Piece(f"{site}.wiggles", wiggles_nk, None, spectrum)
     yield _expected(site, np.concatenate([line_n1, wiggles_nk], 1), context)
 
 
@@ -129,8 +129,9 @@ def treatment(term: Term, context: Context) -> Iterable[Piece]:
         source_nk, target_n1 = (bases.within(v, levels, weight_n) for v in (known_nk, values_n1))
         slope_k1 = bases.expected_map(source_nk, target_n1, weight_n)
         expected_n1 = standardise(known_nk @ slope_k1, weight_n, f"{site}.expected", scaling)
-        scaling[f"{site}.expected.text"] = slope_k1[: context.text_nd.shape[1], 0] / scaling[f"{site}.expected.sd"][0]
         if expected_n1.any():
+            text_d = slope_k1[: context.text_nd.shape[1], 0]
+            scaling[f"{site}.expected.text"] = text_d / scaling[f"{site}.expected.sd"][0]
             yield Piece(f"{site}.expected", expected_n1, 1.0)
         beside_nk = np.concatenate([values_n1, expected_n1], 1)
     # Levels differ in t by more than in what they expect of it: the means of both (Mundlak 1978).
@@ -181,7 +182,7 @@ def columns_at(term: Term, values: Mapping[str, np.ndarray], scaling: Mapping[st
         return {site: _standard(values, term.column, scaling)}
     if term.kind == "smooth":
         line_n1, wiggles_nk = _smooth_at(term, _standard(values, term.column, scaling)[:, 0], scaling)
-        found = {f"{site}.line": line_n1, site: wiggles_nk}
+        found = {f"{site}.line": line_n1, f"{site}.wiggles": wiggles_nk}
     elif term.kind == "embedding":
         found = {site: _standard(values, term.column, scaling) @ scaling[f"{site}.rotation"]}
     elif term.kind == "interaction":

@@ -5,7 +5,7 @@ of them are L e, e ~ N(0, I), L lower triangular, and every equation is linear i
 its coefficients:
 
     v_k = Z_k theta_k                      + (L e)_k
-    y   = X theta_x + sum_k gamma_k v_k    + (L e)_y / sqrt(precision of the row)
+    y   = X theta_x + sum_k gamma_k v_k    + (L e)_y,  e_y over sqrt(precision of the row)
 
 With M = L^-1, the rows' quadratic form has weights
 

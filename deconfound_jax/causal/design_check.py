@@ -129,6 +129,11 @@ def _check_interaction(logs: Logs, term: Term, design: Design) -> None:
         if name in {t.column for t in design.endogenous_terms}:
             raise ValueError(f"{term}: expected exogenous columns, got {name!r}; its products are endogenous, too")
         numbers(logs, term, name)
+        if side is not None and not any(t.column == name and t.kind != "interaction" for t in design.terms):
+            raise ValueError(
+                f"{term}: expected {name!r} in a term of its own beside it, linear({name}) or smooth({name}); its own "
+                "effect would be taken for the text's"
+            )
 
 
 def _check_selection(logs: Logs, term: Term) -> None:

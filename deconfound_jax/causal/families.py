@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import log_ndtr, ndtr
 
-from deconfound_jax.causal.polygamma import digamma, trigamma
+from deconfound_jax.causal.polygamma import polygammas
 from deconfound_jax.causal.spec import Scalar, Spec
 
 _CUT_GAP = 0.5  # prior median of a gap between neighbouring cut points is exp of this less one half, in logits
@@ -61,9 +61,9 @@ class Family:
         return first_n, jnp.maximum(-second_n, cls.floor(eta_n, rows, psi))
 
     @classmethod
-    def ascent(cls, eta_n, rows, psi):
-        """As `curvature`, for steps from afar: with a second derivative under which they do not overshoot."""
-        return cls.curvature(eta_n, rows, psi)
+    def ascent(cls, eta_n, rows, psi, information_n):
+        """In place of the information, for steps from afar: so much of it that they do not overshoot."""
+        return information_n
 
 
 class Normal(Family):
@@ -93,22 +93,26 @@ class StudentT(Normal):
     def scalars(spec: Spec) -> tuple[Scalar, ...]:
         return (*Normal.scalars(spec), Scalar("tail", dist.HalfNormal(1.0), True))
 
+    @staticmethod
+    def degrees(psi):
+        """nu, at most 10^4: that is a normal, and above it the density's log gammas cancel."""
+        return 2 + 1 / (psi["tail"] ** 2 + 1e-4)
+
     @classmethod
     def distribution(cls, eta_n, rows, psi):
-        df = 2 + psi["tail"] ** -2
+        df = cls.degrees(psi)
         return dist.StudentT(df, eta_n, psi["sigma"] / jnp.sqrt(rows.precision_n))
 
     @classmethod
     def floor(cls, eta_n, rows, psi):
-        df = 2 + psi["tail"] ** -2
+        df = cls.degrees(psi)
         return 0.1 * (df + 1) / (df + 3) * rows.precision_n / psi["sigma"] ** 2
 
     @classmethod
-    def ascent(cls, eta_n, rows, psi):
+    def ascent(cls, eta_n, rows, psi, information_n):
         # Iteratively reweighted least squares: a quadratic that lies below the log-likelihood (Lange et al. 1989).
-        df, gap_n = 2 + psi["tail"] ** -2, rows.outcome_n - eta_n
-        weight_n = (df + 1) / (df * psi["sigma"] ** 2 / rows.precision_n + gap_n**2)
-        return weight_n * gap_n, weight_n
+        df = cls.degrees(psi)
+        return (df + 1) / (df * psi["sigma"] ** 2 / rows.precision_n + (rows.outcome_n - eta_n) ** 2)
 
 
 class Binomial(Family):
@@ -176,17 +180,18 @@ class BetaBinomial(Binomial):
     def curvature(cls, eta_n, rows, psi):
         # In closed form: autodiff's trigamma costs five times as much.
         k, rate_n = psi["dispersion"] ** -2, cls.mean(eta_n, rows, psi)
-        hit_n, miss_n, a_n, b_n = rows.outcome_n, rows.exposure_n - rows.outcome_n, rate_n * k, (1 - rate_n) * k
-        slope_n = k * (digamma(hit_n + a_n) - digamma(a_n) - digamma(miss_n + b_n) + digamma(b_n))
-        bend_n = k**2 * (trigamma(hit_n + a_n) - trigamma(a_n) + trigamma(miss_n + b_n) - trigamma(b_n))
+        shape = jnp.stack([rate_n * k, (1 - rate_n) * k])  # of hits and of misses
+        counts = jnp.stack([rows.outcome_n, rows.exposure_n - rows.outcome_n])
+        (first, second), (first0, second0) = polygammas(shape + counts), polygammas(shape)
+        slope_n = k * ((first - first0)[0] - (first - first0)[1])
+        bend_n = k**2 * (second - second0).sum(0)
         spread_n = rate_n * (1 - rate_n)
         second_n = bend_n * spread_n**2 + slope_n * spread_n * (1 - 2 * rate_n)
         return slope_n * spread_n, jnp.maximum(-second_n, cls.floor(eta_n, rows, psi))
 
     @classmethod
-    def ascent(cls, eta_n, rows, psi):
-        first_n, information_n = cls.curvature(eta_n, rows, psi)
-        return first_n, jnp.maximum(information_n, 10 * cls.floor(eta_n, rows, psi))  # the expected information
+    def ascent(cls, eta_n, rows, psi, information_n):
+        return jnp.maximum(information_n, 10 * cls.floor(eta_n, rows, psi))  # the expected information
 
 
 class Poisson(Family):

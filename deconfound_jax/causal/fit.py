@@ -9,7 +9,7 @@ from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.nested import fit_nested
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.sites import starting_draws
-from deconfound_jax.causal.spec import Head, Spec
+from deconfound_jax.causal.spec import Head, Spec, summed
 from deconfound_jax.causal.terms import Prepared, prepare
 from deconfound_jax.causal.verdict import judged
 from deconfound_jax.config import Causal
@@ -50,6 +50,7 @@ def fit(
 def fit_prepared(prepared: Prepared, design: Design, config: Causal) -> Posterior:
     """The same on arrays that `terms.prepare` made."""
     method, why = choose(prepared, config.fit)
+    prepared = prepared._replace(rows=summed(prepared.spec, prepared.rows))
     if method == "nuts":
         start = starting_draws(prepared, max(config.chains, 64), config.seed)
         draws, diagnostics = nuts.fit_nuts(

@@ -30,7 +30,7 @@ class Reduced(NamedTuple):
     covariance_jj: np.ndarray  # of (delta, pi column by column), k (1 + m), robust
     exogeneity_k: np.ndarray  # theta: coefficient of z given p; zero where p needs no instrument and exclusion holds
     exogeneity_kk: np.ndarray
-    cross_kk: np.ndarray  # (y, p)'P(y, p) and their residual covariance: the homoskedastic statistics, (1 + m, 1 + m)
+    cross_kk: np.ndarray  # (y, p)'P(y, p) and their error covariance, robust on average: (1 + m, 1 + m)
     sigma_kk: np.ndarray
     turn_jk: np.ndarray  # orthonormal instruments = instruments as declared (j) times this
     df: float
@@ -88,11 +88,8 @@ def reduced_form(found: Raw) -> Reduced:
     influence = np.concatenate([delta_nk, *[lever_nk * v_nm[:, [j]] for j in range(m)]], 1)
     robust, df = covariance(influence, first, d + k)
     both = np.concatenate([(theta_k + pi_km @ lambda_m)[:, None], pi_km], 1)
-    by_text_d = least_squares(second.text_nd, second.response_n[:, None], second.weight_n)[0][:, 0]
-    y_n = second.response_n - second.text_nd @ by_text_d
-    residual = np.concatenate([(y_n - z_nk @ both[:, 0])[:, None], v_nm], 1)
-    left = max(first.rows - first.lost - d - k, 1.0)
-    sigma = residual.T @ (residual * w[:, None]) / left
+    # One instrument's (delta, pi): their robust covariance, on average over the instruments, so clusters count.
+    sigma = np.einsum("aibi->ab", robust.reshape(1 + m, k, 1 + m, k)) / k
     theta_kk, _ = covariance(theta_nk, second, d + k + m)
     return Reduced(both[:, 0], pi_km, robust, theta_k, theta_kk, both.T @ both, sigma, turn_kk, df)
 
@@ -121,7 +118,7 @@ def effective_f(found: Reduced) -> np.ndarray:
 
 
 def cragg_donald(found: Reduced) -> float:
-    """Smallest eigenvalue of the first stage's concentration per instrument (Cragg and Donald 1993), homoskedastic."""
+    """Smallest eigenvalue of the first stage's concentration per instrument (Cragg and Donald 1993)."""
     sigma = found.sigma_kk[1:, 1:]
     return float(np.min(_eigenvalues(found.cross_kk[1:, 1:], sigma))) / found.instruments
 
@@ -132,8 +129,9 @@ def anderson_rubin(found: Reduced, level: float = 0.95) -> GammaSet:
         AR(g) = h'Omega(g)^-1 h,   h = delta - pi g,    {g : AR(g) <= k F_k,df(level)}
 
     One variable: Omega is the robust covariance of h; the set is found over the whole projective line, so that an
-    infinite g is a point like others. Several: the homoskedastic AR set is a quadric, and its projections on each
-    gamma (k degrees of freedom) are closed form (Dufour and Taamouti 2005): valid together, and wider than the best
+    infinite g is a point like others. Several: with errors robust on average (one covariance of y and p for all
+    instruments, so clusters count) the set is a quadric, and its projections on each gamma (k degrees of freedom) are
+    closed form (Dufour and Taamouti 2005): valid together, and wider than the best
     one by one.
 
     Source: Anderson and Rubin (1949); Andrews, Stock and Sun (2019).

@@ -105,7 +105,7 @@ def bounded_reward(
     and Tchetgen Tchetgen 2016).
 
     Args:
-      verdict: of the same fit; a `consistent` one leaves a point.
+      verdict: of the same fit; a `consistent` one without instruments leaves a point.
       groups_n, placebo_outcome_n: as given to `verdict`.
 
     Raises:
@@ -113,6 +113,9 @@ def bounded_reward(
     """
     if verdict.status == "not_identified":
         raise ValueError(f"bounded_reward: nothing bounds the reward; {' '.join(verdict.reasons)}")
+    if "placebo instrument" in verdict.failed:
+        why = verdict["placebo instrument"].sentence
+        raise ValueError(f"bounded_reward: {why} The set of gamma rests on exclusion: nothing bounds the reward.")
     low, high = verdict.gamma_range if verdict.gamma else (gamma_means(posterior, prepared),) * 2
     if "gamma set" in verdict.failed and not verdict.gamma:
         raise ValueError(f"bounded_reward: {verdict['gamma set'].sentence}")

@@ -29,6 +29,7 @@ from deconfound_jax.causal.spec import Equation, Rows, Spec
 
 NEWTON_STEPS = 40  # at most; from a near start four are enough
 _NEWTON_TOLERANCE = 1e-8  # of eta, in the link's units
+_FAR = 0.3  # of eta: after a larger step the next one is taken with a curvature that does not overshoot
 _CHUNK = 64  # proposals of one compiled call, whatever their number: one compilation
 _ROUNDS = 4  # of the proposal, at most: it is refitted to its own draws until the weights behave
 _GRADIENT = 0.05  # at the mode, per unit of psi: the mode only centres the proposal
@@ -100,25 +101,26 @@ def newton(spec: Spec, rows: Rows, raw: jax.Array, eta_n: jax.Array, steps: int 
         return (i < steps) & (moved > _NEWTON_TOLERANCE)
 
     def step(carry):
-        i, eta_n, _ = carry
-        new_n = newton_step(spec, rows, raw, eta_n, FAMILIES[spec.family].ascent)
+        i, eta_n, moved = carry
+        new_n = newton_step(spec, rows, raw, eta_n, moved > _FAR)
         return i + 1, new_n, jnp.abs(new_n - eta_n).max()
 
     return jax.lax.while_loop(unfinished, step, (0, eta_n, jnp.full((), jnp.inf, eta_n.dtype)))[1]
 
 
-def newton_step(spec: Spec, rows: Rows, raw: jax.Array, eta_n: jax.Array, curvature=None) -> jax.Array:
-    """One step (by the family's curvature unless another is given), bounded: it cannot overshoot to rate 0 or 1."""
+def newton_step(spec: Spec, rows: Rows, raw: jax.Array, eta_n: jax.Array, far=False) -> jax.Array:
+    """One step, bounded so that it cannot overshoot to rate 0 or 1; `far` from the mode by the family's `ascent`."""
     psi = constrain(spec, raw)
-    solution = conditional.solve(spec, surrogate(spec, rows, eta_n, psi, curvature), psi)
+    solution = conditional.solve(spec, surrogate(spec, rows, eta_n, psi, far), psi)
     found = conditional.sites(spec, solution, solution.mean_d, jnp.zeros_like(solution.level_linear_um))
     return eta_n + jnp.clip(linear_predictor(spec, rows, found | psi) - eta_n, -4.0, 4.0)
 
 
-def surrogate(spec: Spec, rows: Rows, eta_n: jax.Array, psi, curvature=None) -> conditional.Moments:
+def surrogate(spec: Spec, rows: Rows, eta_n: jax.Array, psi, far=False) -> conditional.Moments:
     """Cross products of the quadratic that touches the log-likelihood at eta."""
     family = FAMILIES[spec.family]
-    first_n, information_n = (curvature or family.curvature)(eta_n, rows, psi)
+    first_n, information_n = family.curvature(eta_n, rows, psi)
+    information_n = jnp.where(far, family.ascent(eta_n, rows, psi, information_n), information_n)
     log_prob_n = family.distribution(eta_n, rows, psi).log_prob(rows.outcome_n)
     constant = jnp.sum(rows.weight_n * (log_prob_n + 0.5 * first_n**2 / information_n))
     return conditional.moments(spec, rows, eta_n + first_n / information_n, information_n, constant)

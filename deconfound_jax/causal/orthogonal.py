@@ -72,11 +72,25 @@ def expected_features(prepared: Prepared, fold_u: np.ndarray) -> np.ndarray:
     """E[phi | c, z] (u, d) of each row by a ridge regression on the other folds' terms and instruments."""
     rows, spec = prepared.rows, prepared.spec
     blocks = [block for block in spec.first_blocks[1:] if not block.name.startswith("text:")]
-    columns = [rows.columns_nq[:, block.start : block.stop] for block in blocks]
+    phi_ud = np.asarray(rows.columns_nq[:, : spec.blocks[0].stop], np.float64)
+    columns = []
+    for block in blocks:
+        column_uk, slope_d = rows.columns_nq[:, block.start : block.stop], prepared.scaling.get(f"{block.name}.text")
+        columns.append(column_uk if slope_d is None else column_uk - phi_ud @ np.asarray(slope_d)[:, None])
     hot = [level for level in spec.levels if level.count <= _MOST_LEVELS]
     columns += [np.eye(level.count)[rows.levels_nc[:, level.column]] for level in hot]
-    phi_ud = np.asarray(rows.columns_nq[:, : spec.blocks[0].stop], np.float64)
+    wide = [level for level in spec.levels if level.absorbed and level.count > _MOST_LEVELS]
+    columns += [_means_of_others(phi_ud, rows.levels_nc[:, level.column]) for level in wide]
     known_uk = np.concatenate(columns, 1) if columns else np.zeros((len(phi_ud), 0))
     if not known_uk.shape[1]:
         return np.zeros_like(phi_ud)
     return np.stack([ridge_predictions(column, known_uk, fold_u) for column in phi_ud.T], 1)
+
+
+def _means_of_others(phi_ud: np.ndarray, codes_u: np.ndarray) -> np.ndarray:
+    """Mean of the features over the other rows of each row's level (u, d); the log's mean where there are none."""
+    count_c = np.bincount(codes_u)
+    total_cd = np.stack([np.bincount(codes_u, column) for column in phi_ud.T], 1)
+    left_u1 = (count_c[codes_u] - 1)[:, None]
+    mean_ud = (total_cd[codes_u] - phi_ud) / np.maximum(left_u1, 1)
+    return np.where(left_u1 > 0, mean_ud, phi_ud.mean(0)[None, :])

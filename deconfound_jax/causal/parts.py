@@ -15,7 +15,7 @@ from deconfound_jax.causal.predict import doubled, doubled_draws
 from deconfound_jax.causal.scalars import gammas
 from deconfound_jax.causal.spec import Prepared, Rows, Spec
 
-_HELPERS = (".means", ".expected", ".line")  # blocks that belong to the term before the dot
+_HELPERS = (".means", ".expected", ".line", ".wiggles")  # blocks that belong to the term before the dot
 
 
 def contributions(posterior: Posterior, prepared: Prepared) -> dict[str, np.ndarray]:

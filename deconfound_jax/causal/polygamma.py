@@ -12,17 +12,12 @@ import jax.numpy as jnp
 _SHIFT = 8
 
 
-def digamma(x):
-    """Derivative of log gamma, elementwise."""
-    y = x + _SHIFT
-    u = y**-2.0
-    series = u * (1 / 12 - u * (1 / 120 - u * (1 / 252 - u * (1 / 240 - u / 132))))
-    return jnp.log(y) - 0.5 / y - series - sum(1 / (x + i) for i in range(_SHIFT))
-
-
-def trigamma(x):
-    """Second derivative of log gamma, elementwise."""
-    y = x + _SHIFT
-    u = y**-2.0
-    series = u * (1 / 6 - u * (1 / 30 - u * (1 / 42 - u * (1 / 30 - u * 5 / 66))))
-    return (1 + 0.5 / y + series) / y + sum((x + i) ** -2.0 for i in range(_SHIFT))
+def polygammas(x):
+    """First and second derivative of log gamma, elementwise: they share their divisions."""
+    inverse = [1 / (x + i) for i in range(_SHIFT + 1)]
+    r = inverse.pop()
+    u = r * r
+    first = u * (1 / 12 - u * (1 / 120 - u * (1 / 252 - u * (1 / 240 - u / 132))))
+    second = u * (1 / 6 - u * (1 / 30 - u * (1 / 42 - u * (1 / 30 - u * 5 / 66))))
+    digamma = jnp.log(x + _SHIFT) - 0.5 * r - first - sum(inverse)
+    return digamma, (1 + 0.5 * r + second) * r + sum(one * one for one in inverse)

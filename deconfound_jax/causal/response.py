@@ -45,7 +45,8 @@ def response_form(
     size, logit = max(1, _CELLS // len(prepared.rows.outcome_n)), posterior.design.response == "empirical_logit"
     size, parts = min(size, len(standard_nd)), []
     with jax.enable_x64(True):
-        rows, draws, units = doubled(prepared.rows), doubled_draws(posterior), units_of(posterior)
+        counted = prepared.rows._replace(weight_n=prepared.rows.weight_n * np.bincount(prepared.row_of_log_n))
+        rows, draws, units = doubled(counted), doubled_draws(posterior), units_of(posterior)
         beta_sd = jnp.zeros((len(posterior["intercept"]), standard_nd.shape[1]))
         beta_sd = beta_sd if head else jnp.asarray(text_coefficients(posterior))
         for start in range(0, len(standard_nd), size):

@@ -120,11 +120,12 @@ def model_form(
     )
 
 
-def guarded_form(posterior: Posterior, features_nd: np.ndarray, penalty: float) -> Reward:
+def guarded_form(posterior: Posterior, features_nd: np.ndarray, penalty: float, head: Head | None = None) -> Reward:
     """y1 - penalty y2: the reward less what the text does to the guardrail, joint draws.
 
     Args:
       penalty: lambda, units of the outcome that one unit of the guardrail is worth.
+      head: the (init, apply) that the fit had, if it had one; the guardrail's own f is linear.
 
     Raises:
       ValueError: the design has no guardrail term.
@@ -132,10 +133,10 @@ def guarded_form(posterior: Posterior, features_nd: np.ndarray, penalty: float) 
     guardrail = posterior.design.guardrail
     if guardrail is None:
         raise ValueError(f"guarded_form: add guardrail(column) to the design {str(posterior.design)!r}")
-    harm_sn = _effect_of_text(posterior, features_nd, "guardrail.", None, {})
+    standard_nd = standard_features(posterior, features_nd)
+    harm_sn = text_coefficients(posterior, "guardrail.") @ standard_nd.T
     unit = float(np.ravel(posterior.scaling[f"{site_of(guardrail.column)}.sd"])[0])
-    harm_sn = harm_sn * unit / float(posterior.scaling["outcome.sd"])
-    draws_sn = model_form(posterior, features_nd).draws_sn - penalty * harm_sn
+    draws_sn = model_form(posterior, features_nd, head).draws_sn - penalty * unit * harm_sn
     return Reward(draws_sn, "guarded", posterior.converged, posterior.verdict)
 
 
@@ -197,7 +198,9 @@ def residual_form(posterior: Posterior, prepared: Prepared) -> tuple[Reward, np.
     removed_su = removed(posterior, prepared)
     draws = (sd * (response_su - removed_su))[:, prepared.row_of_log_n]
     weight = 1 / (sd**2 * (sampling_su.mean(0) + removed_su.var(0)))
-    return Reward(draws, "residual", posterior.converged, posterior.verdict), weight[prepared.row_of_log_n]
+    sharing_n = np.bincount(prepared.row_of_log_n)[prepared.row_of_log_n]  # log rows of one summed row
+    reward = Reward(draws, "residual", posterior.converged, posterior.verdict)
+    return reward, weight[prepared.row_of_log_n] / sharing_n
 
 
 def working_response(posterior: Posterior, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:

@@ -95,11 +95,14 @@ def risk_ratio(posterior: Posterior, prepared: Prepared, column: str, effect: fl
     values = np.unique(np.asarray(prepared.rows.columns_nq)[:, block.start])
     if len(values) != 2:
         return None
-    family = prepared.spec.family
+    family, logit = prepared.spec.family, posterior.design.response == "empirical_logit"
+    name = f"{site_of(column)}.sd"
+    effect = effect * float((values[1] - values[0]) * np.ravel(posterior.scaling[name])[0])  # of the contrast
     if family in ("poisson", "negative_binomial"):
         return float(np.exp(effect))
-    if family in ("bernoulli", "binomial", "beta_binomial"):
-        mu, odds = 1 / (1 + np.exp(-float(prepared.rows.offset))), np.exp(effect)
+    if logit or family in ("bernoulli", "binomial", "beta_binomial"):
+        mean = posterior.scaling["outcome.mean"] if logit else prepared.rows.offset
+        mu, odds = 1 / (1 + np.exp(-float(mean))), np.exp(effect)
         return float(odds / (1 - mu + mu * odds))
     return float(np.exp(0.91 * effect / float(posterior.scaling["outcome.sd"])))
 

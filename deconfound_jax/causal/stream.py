@@ -107,6 +107,11 @@ def _check(design: Design, config: Causal) -> None:
     for term in design.terms:
         if term.kind not in KINDS:
             raise ValueError(f"fit_stream: expected terms out of {KINDS}, got {term}; use fit")
+    known = {t.column for t in design.terms}
+    for term in design.endogenous_terms:
+        for z in term.instruments:
+            if z in known:
+                raise ValueError(f"{term}: expected an instrument that is no confounder, got {z!r}, a term of its own")
     for name, got, expected in (
         ("fit", config.fit, ("auto", "exact")),
         ("text_prior", config.text_prior, ("ridge",)),

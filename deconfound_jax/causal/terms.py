@@ -11,7 +11,6 @@ from scipy.special import ndtri
 
 from deconfound_jax.causal.builders import BUILDERS, Context, numeric, site_of, standardise
 from deconfound_jax.causal.design_check import check_design
-from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.spec import Block, Head, Levels, Prepared, Rows, Selection, Spec, equations_of
 from deconfound_jax.config import Causal
 from deconfound_jax.structs import Design, Logs, Term
@@ -26,7 +25,7 @@ def prepare(
 
     Features, outcome and numeric columns are standardised (mean 0, sd 1, a row of
     weight w counting as w rows). Counts of rows equal in text and in every column of
-    the design are summed, unless the rows carry weights.
+    the design are summed under `empirical_logit`, unless the rows carry weights.
 
     Args:
       logs: n validated rows.
@@ -186,11 +185,11 @@ def _seen_outcome(logs: Logs, design: Design, weight_n: np.ndarray, scaling: dic
 def _equal_rows(logs: Logs, features_nd: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
     """First row of each set of rows that are equal in text, features and design, and each row's set.
 
-    Overdispersed counts are left alone: a sum of two has another law than one of twice the exposure.
+    Only where the response is not linear in the counts: an empirical logit of a sum has less noise and bias than
+    several. Other counts keep their rows, since every check counts them; `spec.summed` sums them inside a fit.
     """
-    counts = FAMILIES[design.family].counts or design.response == "empirical_logit"
-    whole = design.selection or design.family in ("beta_binomial", "negative_binomial")
-    if not counts or whole or logs.roles.weight or not (logs.roles.exposure or design.family == "bernoulli"):
+    wanted = design.response == "empirical_logit" and not (design.endogenous_terms or design.guardrail)
+    if not wanted or logs.roles.weight or not logs.roles.exposure:
         return np.arange(len(logs)), np.arange(len(logs))
     seen: dict[bytes, int] = {}
     features_n = np.array([seen.setdefault(row.tobytes(), len(seen)) for row in features_nd])

@@ -100,7 +100,8 @@ def ranking_spread(posterior: Posterior, prepared: Prepared, low, high) -> float
     found = reward_interval(posterior, prepared, low, high)
     text_nd = np.asarray(prepared.rows.columns_nq, np.float64)[:, :width] * posterior.scaling["features.sd"][None, :]
     moved_j = (text_nd @ found.directions_jd.T).std(0) * (found.high_j - found.low_j)
-    return float(moved_j.sum() / max((text_nd @ found.centre_d).std(), 1e-300))
+    middle_d = found.centre_d - (found.low_j + found.high_j) / 2 @ found.directions_jd  # centre_d is at gamma = 0
+    return float(moved_j.sum() / max((text_nd @ middle_d).std(), 1e-300))
 
 
 def _posterior_of_first_stage(posterior: Posterior, prepared: Prepared, names, config: Checks) -> list[Check]:

@@ -12,6 +12,8 @@ import numpy as np
 from deconfound_jax.align.groups import GroupBatch, epochs, form_groups, pair_index, pair_labels
 from deconfound_jax.align.joint import JointBatch, init_causal, joint_step
 from deconfound_jax.align.preference import dpo_objective
+from deconfound_jax.causal.families import FAMILIES
+from deconfound_jax.causal.fit import needs_sampling
 from deconfound_jax.causal.reward import Reward
 from deconfound_jax.causal.spec import Prepared, Rows, Spec
 from deconfound_jax.config import Dpo, Joint
@@ -56,7 +58,8 @@ def align(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.ndarray,
     groups_mg = form_groups(codes_n, len(tokens_nl), config.group_size, seed)
     label_mp, weight_mp = pair_labels(reward.draws_sn, groups_mg, float(reward.mean.std()), config.weight)
     if sign is not None:
-        weight_mp = weight_mp * signed_pairs(groups_mg, sign)
+        # A draw's gamma may lie outside the set: a label that contradicts the whole interval does not train either.
+        weight_mp = weight_mp * (signed_pairs(groups_mg, sign) * np.sign(label_mp - 0.5) > 0)
     reference_n = text_logprobs(decoder, reference, tokens_nl)
     order = epochs(len(groups_mg), config.groups, seed)
 
@@ -87,13 +90,13 @@ def require(reward: Reward, accept_risk: bool, bounded: bool = False) -> None:
 
 
 def signed_pairs(groups_mg: np.ndarray, sign: Callable) -> np.ndarray:
-    """1 where a pair's order is the same over the whole interval, (m, p); ValueError where no pair's is."""
+    """+1 or -1 where a pair's order is the same over the whole interval, else 0, (m, p); ValueError where none's is."""
     first, second = pair_index(groups_mg.shape[1])
     a, b = groups_mg[:, first], groups_mg[:, second]
-    keep = (np.asarray(sign(a.reshape(-1), b.reshape(-1))).reshape(a.shape) != 0) & (a >= 0) & (b >= 0)
-    if not keep.any():
+    sign_mp = np.asarray(sign(a.reshape(-1), b.reshape(-1))).reshape(a.shape) * ((a >= 0) & (b >= 0))
+    if not sign_mp.any():
         raise ValueError("align: no pair has one sign over the whole interval of the reward; nothing to train on")
-    return keep.astype(np.float32)
+    return sign_mp.astype(np.float32)
 
 
 def align_jointly(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.ndarray, prepared: Prepared,
@@ -105,8 +108,11 @@ def align_jointly(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.
       the final state: `params` is the policy, `causal` the `CausalState` it learned from.
 
     Raises:
-      ValueError: rows of the log were summed (counts), which the joint step does not stream yet.
+      ValueError: a design that is not Gaussian, or rows of the log that were summed: neither is streamed yet.
     """
+    if not FAMILIES[prepared.spec.family].conjugate or (why := needs_sampling(prepared.spec)):
+        why = why if FAMILIES[prepared.spec.family].conjugate else f"got {prepared.spec.family!r}"
+        raise ValueError(f"joint: expected the normal family and an f and terms with a closed form; {why}")
     if len(prepared.rows.outcome_n) != len(tokens_nl):
         raise ValueError(
             f"joint: expected one model row a log row, got {len(prepared.rows.outcome_n)} for {len(tokens_nl)}"
