@@ -9,6 +9,7 @@ from deconfound_jax.causal import conditional, nested
 from deconfound_jax.causal.diagnostics import pareto_k, split_rhat
 from deconfound_jax.causal.fit import fit, fit_prepared
 from deconfound_jax.causal.posterior import Posterior
+from deconfound_jax.causal.spec import summed
 from deconfound_jax.causal.terms import prepare
 from deconfound_jax.config import Causal
 from deconfound_jax.structs import Design
@@ -129,7 +130,8 @@ def test_counts_split_over_equal_rows_change_nothing(clicks, log_of):
     columns |= {"outcome": np.concatenate([half[0], rest[0]]), "shown": np.concatenate([half[1], rest[1]])}
     split = log_of(columns, exposure="shown")
     for design in (Design("binomial"), Design("normal", (), "empirical_logit")):
-        one, two = (prepare(v, np.tile(features_nd, (len(v) // 60, 1)), design).rows for v in (logs, split))
+        both = (prepare(v, np.tile(features_nd, (len(v) // 60, 1)), design) for v in (logs, split))
+        one, two = (summed(prepared.spec, prepared.rows) for prepared in both)
         for field in ("outcome_n", "exposure_n", "precision_n", "columns_nq"):
             np.testing.assert_allclose(getattr(one, field), getattr(two, field), err_msg=field)
 

@@ -54,7 +54,15 @@ def smoke() -> Run:
         causal=dataclasses.replace(newsroom().causal, draws=32),
         decoder=Decoder(width=16, layers=1, heads=2, vocabulary=200, length=24),
         sft=Sft(steps=20, batch=32, learning_rate=1e-2),
-        dpo=Dpo(steps=10, groups=8, evaluate_every=5, samples=64, learning_rate=1e-3, kl=0.05),
+        dpo=Dpo(
+            steps=10,
+            groups=8,
+            evaluate_every=5,
+            samples=64,
+            learning_rate=1e-3,
+            kl=0.05,
+            accept_risk=True,  # a toy log identifies nothing
+        ),
         joint=Joint(rows=64, warm_rows=300, draws=8),
         checkpoint_every=10,
     )

@@ -56,7 +56,15 @@ def upworthy_smoke() -> Run:
         decoder=Decoder(width=16, layers=1, heads=2, vocabulary=300, length=24),
         features=Features(source="tokens", states="embeddings", pooling="mean"),
         sft=Sft(steps=10, batch=16, learning_rate=1e-2),
-        dpo=Dpo(steps=6, groups=4, group_size=4, evaluate_every=3, samples=16, learning_rate=1e-3),
+        dpo=Dpo(
+            steps=6,
+            groups=4,
+            group_size=4,
+            evaluate_every=3,
+            samples=16,
+            learning_rate=1e-3,
+            accept_risk=True,  # a toy log identifies nothing
+        ),
         checkpoint_every=5,
     )
 
