@@ -9,7 +9,6 @@ and said so. Expected on two cores: 1 M x 384 with 10,000 fixed effects and an i
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import json
@@ -24,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from experiments import bench_jobs, bench_peers, rundir
-from experiments.cli import markdown
+from experiments.cli import markdown, parse_study, publish
 
 PEERS_PYTHON = pathlib.Path(".venv-peers/bin/python")
 # The bars, checked at full size.
@@ -274,20 +273,12 @@ def sentences(results: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    import tyro
-
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--record", action="store_true")
-    known, rest = parser.parse_known_args(argv)
-    config = tyro.cli(BenchCausal, args=rest, description=f"{__doc__} Also: --record.")
+    config, record = parse_study(argv, BenchCausal, __doc__)
     results = run(config, config.workdir, lambda line: print(line, flush=True))
-    print(text := markdown(table(results)) + "\n\n" + sentences(results))
-    if known.record:
-        folder = rundir.record(epath.Path(config.workdir), "bench_causal", config, text)
-        plot = epath.Path(config.workdir) / "memory.png"
-        if plot.exists():
-            plot.copy(folder / f"{config.name}.png", overwrite=True)
-        print(f"recorded: {folder}")
+    folder = publish(config, "bench_causal", markdown(table(results)) + "\n\n" + sentences(results), record)
+    plot = epath.Path(config.workdir) / "memory.png"
+    if folder and plot.exists():
+        plot.copy(folder / f"{config.name}.png", overwrite=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ cells; ranks must be uniform (chi-square, Holm at 5%). Below them what a wrong d
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from experiments.calibration_cells import (
     with_levels,
     wrong_likelihood,
 )
-from experiments.cli import markdown
+from experiments.cli import parse_study, publish, tables_and_bars
 
 QUANTITIES = ("effect", "contrast")
 CELL_BAR, MEAN_BAR, RANK_LEVEL = (0.83, 0.96), (0.885, 0.915), 0.05
@@ -155,24 +154,15 @@ def _of(name: str, ranks: Ranks) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    import tyro
-
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--record", action="store_true")
-    known, rest = parser.parse_known_args(argv)
-    config = tyro.cli(Calibration, args=rest, description=f"{__doc__} Also: --record.")
+    config, record = parse_study(argv, Calibration, __doc__)
 
     def show(name: str, ranks: Ranks) -> None:
         covers = ", ".join(f"{q} {ranks.coverage(q):.3f} (p {ranks.p_value(q):.2g})" for q in QUANTITIES)
         print(f"{name}: 90% intervals cover {covers}", flush=True)
 
     results = run(config, config.workdir, show)
-    text = "\n\n".join(markdown(rows) for rows in tables(results))
-    bars = [f"Mean coverage over cells: {results['coverage90.mean']:.3f}."]
-    bars += [f"- {line}" for line in results["failed"]] or ["Every bar holds."]
-    print(text := text + "\n\n" + "\n".join(bars))
-    if known.record:
-        print(f"recorded: {rundir.record(epath.Path(config.workdir), 'calibration', config, text)}")
+    mean = f"Mean coverage over cells: {results['coverage90.mean']:.3f}."
+    publish(config, "calibration", tables_and_bars(tables(results), results["failed"], [mean]), record)
 
 
 if __name__ == "__main__":

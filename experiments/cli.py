@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+from etils import epath
 
 from deconfound_jax.config import Run
+from experiments import rundir
 from experiments.presets import PRESETS
+
+Study = TypeVar("Study")
 
 
 def parse_run(argv: Sequence[str] | None, description: str) -> tuple[Run, Run, argparse.Namespace]:
@@ -29,6 +34,38 @@ def parse_run(argv: Sequence[str] | None, description: str) -> tuple[Run, Run, a
     rest = ["--logs.path" if a == "--logs" else a.replace("--logs=", "--logs.path=") for a in rest]
     note = f"{description} Also: --preset {{{','.join(sorted(PRESETS))}}}, --workdir DIR, --record, --logs FILE."
     return tyro.cli(Run, args=rest, default=preset, description=note), preset, known
+
+
+def parse_study(argv: Sequence[str] | None, study: type[Study], description: str) -> tuple[Study, bool]:
+    """Reads a study's own dataclass, `[--field value ...] [--record]`; returns it and whether to record."""
+    import tyro
+
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--record", action="store_true")
+    known, rest = parser.parse_known_args(argv)
+    return tyro.cli(study, args=rest, description=f"{description} Also: --record."), known.record
+
+
+def publish(config: Any, script: str, text: str, record: bool) -> epath.Path | None:
+    """Prints a study's text; with `record` copies its results to docs/results/<script>/, whose folder it returns.
+
+    Args:
+      config: with `name`, `workdir` and `seeds`.
+    """
+    print(text)
+    if not record:
+        return None
+    folder = rundir.record(epath.Path(config.workdir), script, config, text)
+    print(f"recorded: {folder}")
+    return folder
+
+
+def tables_and_bars(
+    tables: Sequence[Sequence[Mapping[str, Any]]], failed: Sequence[str], above: Sequence[str] = ()
+) -> str:
+    """Tables as Markdown, and the bars that do not hold, a line each."""
+    bars = [*above, *([f"- {line}" for line in failed] or ["Every bar holds."])]
+    return "\n\n".join(map(markdown, tables)) + "\n\n" + "\n".join(bars)
 
 
 @contextlib.contextmanager

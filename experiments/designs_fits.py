@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deconfound_jax.causal.terms import Prepared, empirical_logit, prepare
+from deconfound_jax.causal.spec import Prepared
+from deconfound_jax.causal.terms import empirical_logit, prepare
 from deconfound_jax.structs import Design, Logs
 from experiments.designs_modal import Modal, fit_modal
 

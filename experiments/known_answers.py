@@ -11,7 +11,6 @@ where it should.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 from etils import epath
 
 from experiments import known_logs, rundir
-from experiments.cli import markdown
+from experiments.cli import markdown, parse_study, publish
 from experiments.known_studies import STUDIES, Answer, Believed, KnownAnswers, Row, Shared
 
 PEERS = ("causaldata", "doubleml", "econml", "linearmodels", "statsmodels")
@@ -130,12 +129,7 @@ def tables(found: Sequence[Row]) -> list[list[dict[str, Any]]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    import tyro
-
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--record", action="store_true")
-    known, rest = parser.parse_known_args(argv)
-    config = tyro.cli(KnownAnswers, args=rest, description=f"{__doc__} Also: --record.")
+    config, record = parse_study(argv, KnownAnswers, __doc__)
     found: list[Row] = []
     results = run(config, config.workdir, on_row=found.append)
     pieces = ["\n\n".join(markdown(rows) for rows in tables(found))]
@@ -146,9 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pieces.append(f"Peers: {', '.join(results['versions'])}.")
     asked = results["bars"]
     pieces.append(f"Bars: {asked - len(results['failed'])} of {asked} hold.")
-    print(text := "\n\n".join(pieces))
-    if known.record:
-        print(f"recorded: {rundir.record(epath.Path(config.workdir), 'known_answers', config, text)}")
+    publish(config, "known_answers", "\n\n".join(pieces), record)
 
 
 def _versions() -> list[str]:

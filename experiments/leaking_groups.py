@@ -10,7 +10,6 @@ effects (`category(absorbed)`).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from deconfound_jax.causal.reward import model_form
 from deconfound_jax.config import Causal
 from deconfound_jax.structs import Design, Logs, Roles
 from experiments import rundir
-from experiments.cli import markdown
+from experiments.cli import parse_study, publish, tables_and_bars
 
 DESIGNS = {"naive": "", "pooled": "intercept(g)", "category": "category(g)", "absorbed": "category(g, absorbed)"}
 CORRECTED = ("category", "absorbed")
@@ -115,18 +114,9 @@ def tables(results: Mapping[str, Any], config: LeakingGroups) -> list[list[dict[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    import tyro
-
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--record", action="store_true")
-    known, rest = parser.parse_known_args(argv)
-    config = tyro.cli(LeakingGroups, args=rest, description=f"{__doc__} Also: --record.")
+    config, record = parse_study(argv, LeakingGroups, __doc__)
     results = run(config, config.workdir)
-    text = "\n\n".join(markdown(rows) for rows in tables(results, config))
-    bars = [f"- {line}" for line in results["failed"]] or ["Every bar holds."]
-    print(text := text + "\n\n" + "\n".join(bars))
-    if known.record:
-        print(f"recorded: {rundir.record(epath.Path(config.workdir), 'leaking_groups', config, text)}")
+    publish(config, "leaking_groups", tables_and_bars(tables(results, config), results["failed"]), record)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Without the data the script says so and stops; `--simulated` runs a miniature in
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from etils import epath
 from deconfound_jax.evaluate import ab
 from deconfound_jax.structs import Design
 from experiments import designs_logs, rundir
-from experiments.cli import markdown
+from experiments.cli import markdown, parse_study, publish
 from experiments.designs_fits import DESIGNS, Fitted, fit_contrasts, fit_design, fit_ridge, logit_normal, refit
 
 GAIN = 0.01  # the bar on each log's mean
@@ -127,20 +126,14 @@ def verdict(results: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    import tyro
-
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--record", action="store_true")
-    known, rest = parser.parse_known_args(argv)
-    config = tyro.cli(UpworthyDesigns, args=rest, description=f"{__doc__} Also: --record.")
+    config, record = parse_study(argv, UpworthyDesigns, __doc__)
     if not config.simulated and (absent := designs_logs.missing(config.data)):
         print(f"skipped: {absent} is not there; --data names the folder, --simulated runs a miniature")
         return
     results = run(config, config.workdir, on_fit=lambda line: print(line, flush=True))
-    text = "\n\n".join([*(markdown(rows) for rows in tables(config, results)), verdict(results)])
-    print("\n" + text)
-    if known.record:
-        print(f"recorded: {rundir.record(epath.Path(config.workdir), 'upworthy_designs', config, text)}")
+    text = "\n\n".join([*map(markdown, tables(config, results)), verdict(results)])
+    print()
+    publish(config, "upworthy_designs", text, record)
 
 
 def _archive(config: UpworthyDesigns) -> designs_logs.Archive:

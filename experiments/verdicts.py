@@ -21,13 +21,14 @@ from deconfound_jax.causal.nuts import fit_nuts
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.reward import model_form
 from deconfound_jax.causal.sensitivity import contrast, exclusion, ranking_contrast, strength_of
-from deconfound_jax.causal.terms import Prepared, prepare
+from deconfound_jax.causal.spec import Prepared
+from deconfound_jax.causal.terms import prepare
 from deconfound_jax.causal.verdict import Verdict, verdict
 from deconfound_jax.config import Causal
 from deconfound_jax.simulate.failures import Failure, World, simulate
 from deconfound_jax.structs import Design
 from experiments import rundir
-from experiments.cli import markdown
+from experiments.cli import markdown, parse_study, publish
 
 PLAIN = "linear(c) + category(week)"
 ONE = f"endogenous(p ~ z) + {PLAIN}"
@@ -76,6 +77,7 @@ class Config:
     """What is run."""
 
     name: str = "verdicts"
+    workdir: str = "runs/verdicts"
     seeds: tuple[int, ...] = tuple(range(20))
     scenarios: tuple[str, ...] = tuple(SCENARIOS)
     draws: int = 512
@@ -188,21 +190,10 @@ def tables(config: Config, results: Mapping[str, Any]) -> list[list[dict[str, An
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    import tyro
-
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-
-    @dataclasses.dataclass(frozen=True)
-    class Arguments(Config):
-        workdir: str = "runs/verdicts"
-        record: bool = False
-
-    given = tyro.cli(Arguments, args=argv, description=__doc__.splitlines()[0])
-    config = Config(**{f.name: getattr(given, f.name) for f in dataclasses.fields(Config)})
-    results = run(config, given.workdir)
-    print(table := "\n\n".join(markdown(rows) for rows in tables(config, results)))
-    if given.record:
-        print(f"recorded: {rundir.record(rundir.epath.Path(given.workdir), 'verdicts', config, table)}")
+    config, record = parse_study(argv, Config, __doc__)
+    results = run(config, config.workdir)
+    publish(config, "verdicts", "\n\n".join(map(markdown, tables(config, results))), record)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ it is weak the verdict must say so, and the lower bound must do little worse tha
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from deconfound_jax.causal.verdict import verdict
 from deconfound_jax.config import Causal
 from deconfound_jax.structs import Design, Logs, Roles
 from experiments import rundir
-from experiments.cli import markdown
+from experiments.cli import parse_study, publish, tables_and_bars
 
 BETA_D = np.array([0.3, 0.6, -0.3])  # E, W, C
 GAMMA = 3.0  # of y on p
@@ -220,18 +219,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    import tyro
-
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--record", action="store_true")
-    known, rest = parser.parse_known_args(argv)
-    config = tyro.cli(WeakInstruments, args=rest, description=f"{__doc__} Also: --record.")
+    config, record = parse_study(argv, WeakInstruments, __doc__)
     results = run(config, config.workdir)
-    text = "\n\n".join(markdown(rows) for rows in tables(results, config))
-    bars = [f"- {line}" for line in results["failed"]] or ["Every bar holds."]
-    print(text := text + "\n\n" + "\n".join(bars))
-    if known.record:
-        print(f"recorded: {rundir.record(epath.Path(config.workdir), 'weak_instruments', config, text)}")
+    publish(config, "weak_instruments", tables_and_bars(tables(results, config), results["failed"]), record)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from deconfound_jax.causal import nuts, sites, svi
 from deconfound_jax.causal.fit import choose, fit_prepared
 from deconfound_jax.causal.guide import gaussian_guide
 from deconfound_jax.causal.model import causal_model, slab
+from deconfound_jax.causal.spec import single
 from deconfound_jax.causal.terms import prepare
 from deconfound_jax.config import Causal
 from deconfound_jax.structs import Design
@@ -47,7 +48,7 @@ def test_a_resumed_run_is_the_unbroken_one(covariate, tmp_path, monkeypatch):
 def test_disjoint_batches_average_to_the_whole_log(covariate):
     """ELBO and gradient, same noise in every batch; the last batch is filled up with rows of weight 0."""
     prepared, _ = covariate
-    spec, rows = prepared.spec, sites.single(prepared.rows)
+    spec, rows = prepared.spec, single(prepared.rows)
     guide = gaussian_guide(spec, sites.starting_draws(prepared, 64, 0))
     d, c = (len(v) for v in _sizes(guide, spec, rows))
     params = {"wide.loc": jnp.full(d, 0.1), "wide.scale_tril": jnp.eye(d), "narrow.loc": jnp.zeros(c)}

@@ -22,7 +22,7 @@ from deconfound_jax.causal.diagnostics import PARETO_LIMIT, pareto_k
 from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.model import causal_model
 from deconfound_jax.causal.scalars import scalars, start
-from deconfound_jax.causal.spec import Rows, Spec
+from deconfound_jax.causal.spec import Rows, Spec, doubled
 
 _MODE_STEPS = 100  # of the search for the mode, at most
 _DIFFERENCE = 1e-3  # of psi, for the gradient's differences
@@ -45,8 +45,7 @@ def fit_batched(spec: Spec, rows: Rows, draws: int, seed: int) -> tuple[dict[str
       >>> mean_b = found["gamma"].mean(1)
     """
     with jax.enable_x64(True):
-        rows = Rows(*[jnp.asarray(field) for field in rows])
-        rows = rows._replace(**{f: getattr(rows, f).astype(float) for f in rows._fields if f != "levels_nc"})
+        rows = doubled(rows)
         if FAMILIES[spec.family].conjugate:
             data = _moments(spec, rows)
         else:

@@ -6,7 +6,9 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
-PARETO_LIMIT = 0.7  # above it importance weights have no usable variance (Vehtari et al. 2024)
+from deconfound_jax.config import Checks
+
+PARETO_LIMIT = Checks.pareto_k  # above it importance weights have no usable variance (Vehtari et al. 2024)
 
 
 def pareto_k(log_weight_s: np.ndarray) -> float:

@@ -9,8 +9,8 @@ from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.nested import fit_nested
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.sites import starting_draws
-from deconfound_jax.causal.spec import Head, Spec, summed
-from deconfound_jax.causal.terms import Prepared, prepare
+from deconfound_jax.causal.spec import Head, Prepared, Spec, summed
+from deconfound_jax.causal.terms import prepare
 from deconfound_jax.causal.verdict import judged
 from deconfound_jax.config import Causal
 from deconfound_jax.structs import Design, Logs

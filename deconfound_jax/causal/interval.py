@@ -17,7 +17,7 @@ import scipy.stats
 from deconfound_jax.causal.placebo import placebo_outcome
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.sensitivity import gamma_means, ridge_of
-from deconfound_jax.causal.terms import Prepared
+from deconfound_jax.causal.spec import Prepared
 from deconfound_jax.causal.working import Working, covariance, working
 
 if TYPE_CHECKING:

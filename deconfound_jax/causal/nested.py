@@ -25,7 +25,7 @@ from deconfound_jax.causal import compress, conditional, proposal
 from deconfound_jax.causal.diagnostics import PARETO_LIMIT, pareto_k
 from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.scalars import constrain, gammas, log_prior, scalars, start
-from deconfound_jax.causal.spec import Equation, Rows, Spec
+from deconfound_jax.causal.spec import Equation, Rows, Spec, doubled
 
 NEWTON_STEPS = 40  # at most; from a near start four are enough
 _NEWTON_TOLERANCE = 1e-8  # of eta, in the link's units
@@ -47,8 +47,7 @@ def fit_nested(spec: Spec, rows: Rows, draws: int, seed: int) -> tuple[dict[str,
       Sites with draws first, and diagnostics: pareto_k, effective_draws, mode_gradient, newton_step, converged.
     """
     with jax.enable_x64(True):
-        rows = Rows(*[jnp.asarray(field) for field in rows])
-        rows = rows._replace(**{f: getattr(rows, f).astype(float) for f in rows._fields if f != "levels_nc"})
+        rows = doubled(rows)
         if FAMILIES[spec.family].conjugate:
             return fit_moments(spec, _moments(spec, rows), draws, seed)
         found, diagnostics, data = _integrate(

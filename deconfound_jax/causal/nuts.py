@@ -25,11 +25,12 @@ from deconfound_jax.causal.diagnostics import ess, rank_rhat
 from deconfound_jax.causal.model import causal_model
 from deconfound_jax.causal.scalars import scalars
 from deconfound_jax.causal.scalars import start as scalar_start
-from deconfound_jax.causal.sites import Draws, observed, single, to_raw
-from deconfound_jax.causal.spec import Prepared, Rows, Spec
+from deconfound_jax.causal.sites import Draws, observed, to_raw
+from deconfound_jax.causal.spec import Prepared, Rows, Spec, single
+from deconfound_jax.config import Checks
 
 STRIDE = 50  # transitions of one compiled call: warm-up and draws share it
-RHAT_LIMIT, ESS_LIMIT, DIVERGENT_LIMIT = 1.05, 50.0, 0.01
+RHAT_LIMIT, ESS_LIMIT, DIVERGENT_LIMIT = Checks.rhat, Checks.ess, Checks.divergent
 _LEAST = 250  # transitions a chain after warm-up: a chain's check needs them, few draws or many
 _PROBES = 16  # rows at which a head's f is checked: its parameters may be permuted, its values may not
 

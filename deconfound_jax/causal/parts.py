@@ -11,9 +11,9 @@ import numpy as np
 from deconfound_jax.causal import nested
 from deconfound_jax.causal.builders import site_of
 from deconfound_jax.causal.posterior import Posterior
-from deconfound_jax.causal.predict import doubled, doubled_draws
+from deconfound_jax.causal.predict import doubled_draws
 from deconfound_jax.causal.scalars import gammas
-from deconfound_jax.causal.spec import Prepared, Rows, Spec
+from deconfound_jax.causal.spec import Prepared, Rows, Spec, doubled
 
 _HELPERS = (".means", ".expected", ".line", ".wiggles")  # blocks that belong to the term before the dot
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
+from deconfound_jax.causal.builders import site_of
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.sensitivity import outcome_equation
-from deconfound_jax.causal.terms import Prepared, site_of
+from deconfound_jax.causal.spec import Prepared
 from deconfound_jax.causal.working import Raw, covariance, groups_of, least_squares, of_log, raw, sweep
 
 _DIRECTIONS = 20  # of the text that are tested together: a robust covariance of more is unreliable

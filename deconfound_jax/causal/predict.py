@@ -21,7 +21,7 @@ from deconfound_jax.causal import head, nested
 from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.model import causal_model
 from deconfound_jax.causal.posterior import Posterior
-from deconfound_jax.causal.spec import Prepared, Rows, Spec
+from deconfound_jax.causal.spec import Prepared, Rows, Spec, doubled
 
 SCALES = ("link", "response", "outcome")
 KINDS = ("mean", "summary", "draws")
@@ -83,12 +83,13 @@ def predict_chunks(
         raise ValueError(f"predict.scale: expected one of {SCALES}, got {scale!r}")
     n = len(prepared.rows.outcome_n)
     logit = posterior.design.response == "empirical_logit"
+    with jax.enable_x64(True):
+        draws, units = doubled_draws(posterior), units_of(posterior)
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
         index = np.minimum(np.arange(start, start + min(chunk, n)), n - 1)  # one shape: the last chunk is filled up
         with jax.enable_x64(True):
             rows = doubled(prepared.rows.take(index))
-            draws, units = doubled_draws(posterior), units_of(posterior)
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), start), len(posterior["intercept"]))
             found = np.asarray(_chunk(prepared.spec, rows, draws, units, keys, scale, logit))
         yield found[:, : stop - start]
@@ -123,12 +124,6 @@ def units_of(posterior: Posterior) -> Units:
     scaling = posterior.scaling
     grades = jnp.asarray(scaling.get("outcome.grades", np.zeros(0)), float)
     return Units(*(jnp.asarray(float(scaling[f"outcome.{name}"])) for name in ("mean", "sd")), grades)
-
-
-def doubled(rows: Rows) -> Rows:
-    """Rows on the device, in double precision where that is on."""
-    found = Rows(*[jnp.asarray(field, float) for field in rows])
-    return found._replace(levels_nc=jnp.asarray(rows.levels_nc, int))
 
 
 def doubled_draws(posterior: Posterior):

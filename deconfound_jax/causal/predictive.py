@@ -17,9 +17,9 @@ import scipy.stats
 
 from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.posterior import Posterior
-from deconfound_jax.causal.predict import doubled, linear_predictor
+from deconfound_jax.causal.predict import linear_predictor
 from deconfound_jax.causal.scalars import scalars
-from deconfound_jax.causal.spec import Prepared
+from deconfound_jax.causal.spec import Prepared, doubled
 from deconfound_jax.causal.working import groups_of
 
 _DRAWS = 200

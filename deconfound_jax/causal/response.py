@@ -18,9 +18,9 @@ import numpy as np
 
 from deconfound_jax.causal import head as heads
 from deconfound_jax.causal.posterior import Posterior
-from deconfound_jax.causal.predict import Units, doubled, doubled_draws, eta_of, response_of, units_of
+from deconfound_jax.causal.predict import Units, doubled_draws, eta_of, response_of, units_of
 from deconfound_jax.causal.reward import Reward, standard_features, text_coefficients
-from deconfound_jax.causal.spec import Head, Prepared, Rows, Spec
+from deconfound_jax.causal.spec import Head, Prepared, Rows, Spec, doubled
 
 _CELLS = 4_000_000  # texts times rows at once
 

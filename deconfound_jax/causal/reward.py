@@ -23,8 +23,8 @@ from deconfound_jax.causal.builders import site_of
 from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.parts import contributions, removed, text_intercept
 from deconfound_jax.causal.posterior import Posterior
-from deconfound_jax.causal.predict import doubled, doubled_draws, eta_of, linear_predictor
-from deconfound_jax.causal.spec import Head, Prepared, Rows, Spec
+from deconfound_jax.causal.predict import doubled_draws, eta_of, linear_predictor
+from deconfound_jax.causal.spec import Head, Prepared, Rows, Spec, doubled
 
 if TYPE_CHECKING:
     from deconfound_jax.causal.verdict import Verdict

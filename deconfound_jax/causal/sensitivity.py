@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
+from deconfound_jax.causal.builders import site_of
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.reward import model_form
-from deconfound_jax.causal.terms import Prepared, site_of
+from deconfound_jax.causal.spec import Prepared
 from deconfound_jax.causal.working import Raw, Working, covariance, least_squares, raw, sweep
 
 

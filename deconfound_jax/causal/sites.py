@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from deconfound_jax.causal import head, selection
-from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.model import slab
 from deconfound_jax.causal.nested import fit_nested
 from deconfound_jax.causal.scalars import scalars, sd_of
@@ -74,12 +73,6 @@ def observed(spec: Spec, rows: Rows) -> dict:
     return {"outcome": rows.outcome_n} | ({"endogenous": rows.endogenous_nm} if spec.endogenous else {})
 
 
-def single(rows: Rows) -> Rows:
-    """The rows in single precision."""
-    found = Rows(*[jnp.asarray(field, jnp.float32) for field in rows])
-    return found._replace(levels_nc=jnp.asarray(rows.levels_nc, jnp.int32))
-
-
 def starting_draws(prepared: Prepared, draws: int, seed: int) -> Draws:
     """Draws of every site of the model from nested fits that lack what those cannot hold.
 
@@ -117,6 +110,4 @@ def starting_draws(prepared: Prepared, draws: int, seed: int) -> Draws:
 def _plain(spec: Spec) -> Spec:
     """The nearest design that the nested fits hold: linear f, ridge prior, no selection."""
     blocks = tuple(block._replace(prior="ridge") for block in spec.blocks)
-    if not FAMILIES[spec.family].scalars(spec):  # the nested fits integrate over one scalar at least
-        blocks = (blocks[0]._replace(sd=None), *blocks[1:])
     return spec._replace(blocks=blocks, selection=None, head=None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
@@ -105,12 +106,6 @@ class Spec(NamedTuple):
             return ()  # first stages are reduced forms
         return tuple(i for i, e in enumerate(self.equations) if e.structural)
 
-    @property
-    def learned(self) -> tuple[str, ...]:
-        """Names of the blocks and levels whose prior sd is learned, in one equation."""
-        blocks = [b.name for b in self.blocks if b.sd is None]
-        return (*blocks, *[v.name for v in self.levels if not v.absorbed])
-
 
 class Rows(NamedTuple):
     """The log as arrays, standardised. Fields are (n, ...) unless said otherwise."""
@@ -128,6 +123,18 @@ class Rows(NamedTuple):
     def take(self, index) -> Rows:
         """The rows at `index`."""
         return Rows(*[field[index] for field in self[:-1]], self.offset)
+
+
+def single(rows: Rows) -> Rows:
+    """The rows on the device, in single precision."""
+    found = Rows(*[jnp.asarray(field, jnp.float32) for field in rows])
+    return found._replace(levels_nc=jnp.asarray(rows.levels_nc, jnp.int32))
+
+
+def doubled(rows: Rows) -> Rows:
+    """The rows on the device, in double precision where that is on."""
+    found = Rows(*[jnp.asarray(field, float) for field in rows])
+    return found._replace(levels_nc=jnp.asarray(rows.levels_nc, int))
 
 
 def summed(spec: Spec, rows: Rows) -> Rows:

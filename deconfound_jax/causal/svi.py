@@ -18,8 +18,8 @@ from numpyro.infer.util import log_density
 from deconfound_jax.causal.diagnostics import PARETO_LIMIT, pareto_k
 from deconfound_jax.causal.guide import gaussian_guide
 from deconfound_jax.causal.model import causal_model
-from deconfound_jax.causal.sites import Draws, from_raw, observed, single, starting_draws
-from deconfound_jax.causal.spec import Prepared, Rows, Spec
+from deconfound_jax.causal.sites import Draws, from_raw, observed, starting_draws
+from deconfound_jax.causal.spec import Prepared, Rows, Spec, single
 
 START_ROWS = 20_000  # of the nested fit that a larger log starts from
 _WEIGHED = 512  # draws at least, of the Pareto k

@@ -9,13 +9,11 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import ndtri
 
-from deconfound_jax.causal.builders import BUILDERS, Context, numeric, site_of, standardise
+from deconfound_jax.causal.builders import BUILDERS, Context, numeric, standardise
 from deconfound_jax.causal.design_check import check_design
 from deconfound_jax.causal.spec import Block, Head, Levels, Prepared, Rows, Selection, Spec, equations_of
 from deconfound_jax.config import Causal
 from deconfound_jax.structs import Design, Logs, Term
-
-__all__ = ["Block", "Levels", "Prepared", "Rows", "Spec", "empirical_logit", "prepare", "site_of"]
 
 
 def prepare(

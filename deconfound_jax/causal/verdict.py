@@ -27,7 +27,7 @@ from deconfound_jax.causal.sensitivity import (
     risk_ratio,
     treatment_contrast,
 )
-from deconfound_jax.causal.terms import Prepared
+from deconfound_jax.causal.spec import Prepared
 from deconfound_jax.causal.verdict_checks import (
     Check,
     check_convergence,

@@ -6,11 +6,12 @@ import dataclasses
 
 import numpy as np
 
+from deconfound_jax.causal.builders import site_of
 from deconfound_jax.causal.overlap import controls_of, culprits, overlap, positivity
 from deconfound_jax.causal.placebo import leave_a_group_out, placebo_instrument, placebo_outcome
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.predictive import predictive_checks
-from deconfound_jax.causal.terms import Prepared, site_of
+from deconfound_jax.causal.spec import Prepared
 from deconfound_jax.causal.working import Raw
 from deconfound_jax.config.verdict import Checks
 

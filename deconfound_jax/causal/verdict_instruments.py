@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from deconfound_jax.causal import instruments as iv
+from deconfound_jax.causal.builders import site_of
 from deconfound_jax.causal.interval import reward_interval
 from deconfound_jax.causal.posterior import Posterior
-from deconfound_jax.causal.terms import Prepared, site_of
+from deconfound_jax.causal.spec import Prepared
 from deconfound_jax.causal.verdict_checks import Check
 from deconfound_jax.causal.working import Raw
 from deconfound_jax.config.verdict import Checks

@@ -26,9 +26,9 @@ from deconfound_jax.causal.classical.absorb import residualise
 from deconfound_jax.causal.classical.linear import absorbed_df
 from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.posterior import Posterior
-from deconfound_jax.causal.predict import doubled, predict
+from deconfound_jax.causal.predict import predict
 from deconfound_jax.causal.scalars import scalars
-from deconfound_jax.causal.spec import Prepared
+from deconfound_jax.causal.spec import Prepared, doubled
 
 FEW_LEVELS = 20  # a pooled intercept of fewer levels is swept out: too few to be clusters
 _BESIDE = (".means", ".expected")  # blocks beside a term's own: conditional means of phi or of a treatment
