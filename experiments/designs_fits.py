@@ -91,19 +91,29 @@ def fit_ridge(logs: Logs, features_nd: np.ndarray, group_n: np.ndarray, seed: in
 
 def fit_contrasts(logs: Logs, features_nd: np.ndarray, group_n: np.ndarray, seed: int) -> Fitted:
     """The same ridge on differences inside tests: logits and features minus their test's mean."""
-    codes_n = logs.codes("test")
     both = np.concatenate([empirical_logit(logs.outcome_n, logs.exposure_n)[0][:, None], features_nd], 1)
-    means = np.stack([np.bincount(codes_n, column) for column in both.T], 1) / np.bincount(codes_n)[:, None]
-    inside = both - means[codes_n]
+    inside = within(both, logs.codes("test"))
     return _ridge(inside[:, 0], inside[:, 1:], group_n, seed)
+
+
+def within(values_nq: np.ndarray, codes_n: np.ndarray) -> np.ndarray:
+    """Values minus their level's mean, (n, q)."""
+    codes_n = np.unique(codes_n, return_inverse=True)[1]
+    means = np.stack([np.bincount(codes_n, column) for column in values_nq.T], 1) / np.bincount(codes_n)[:, None]
+    return values_nq - means[codes_n]
+
+
+def group_folds(group_n: np.ndarray, seed: int) -> np.ndarray:
+    """Fold of each row (n,), whole groups in one."""
+    group_n = np.unique(group_n, return_inverse=True)[1]
+    return np.random.default_rng(seed).permutation(group_n.max() + 1)[group_n] % _FOLDS
 
 
 def _ridge(target_n: np.ndarray, features_nd: np.ndarray, group_n: np.ndarray, seed: int) -> Fitted:
     sd_d = features_nd.std(0)
     sd_d = np.where(sd_d > 1e-12, sd_d, 1.0)
     scaled_nd = (features_nd - features_nd.mean(0)[None, :]) / sd_d[None, :]
-    group_n = np.unique(group_n, return_inverse=True)[1]
-    fold_n = np.random.default_rng(seed).permutation(group_n.max() + 1)[group_n] % _FOLDS
+    fold_n = group_folds(group_n, seed)
     loss = np.zeros(len(_STRENGTHS))
     for fold in range(_FOLDS):
         inside = fold_n != fold

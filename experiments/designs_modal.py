@@ -44,6 +44,7 @@ class Modal(NamedTuple):
     mean: dict[str, np.ndarray]
     log_evidence: float
     converged: bool
+    eta_n: np.ndarray  # where the likelihood is touched
 
 
 def fit_modal(spec: Spec, rows: Rows, psi: dict[str, float] | None = None, learn: bool = True) -> Modal:
@@ -59,11 +60,7 @@ def fit_modal(spec: Spec, rows: Rows, psi: dict[str, float] | None = None, learn
     """
     if FAMILIES[spec.family].conjugate or spec.equations or spec.selection or spec.blocks[0].prior != "ridge":
         raise ValueError(f"fit_modal: expected one equation of a family without closed form and a ridge, got {spec}")
-    names = [s.name for s in _scalars(spec)]
-    raw = np.asarray(start(spec), float)
-    for i, s in enumerate(_scalars(spec)):
-        if psi and s.name in psi:
-            raw[i] = np.log(psi[s.name]) if s.positive else psi[s.name]
+    names, raw = [s.name for s in _scalars(spec)], unconstrained(spec, psi or {})
     columns, still = lay_out(spec, rows), False
     levels = tuple(np.zeros(v.count) for v in columns.chain)
     state = _State(np.zeros(columns.dense_nd.shape[1]), levels, np.zeros(len(rows.outcome_n)))
@@ -72,22 +69,32 @@ def fit_modal(spec: Spec, rows: Rows, psi: dict[str, float] | None = None, learn
         before = raw.copy()
         state, moved = _newton(spec, rows, columns, raw, state)
         if learn:
-            surrogate = _surrogate(spec, rows, columns, raw, state.eta_n)
+            surrogate = surrogate_at(spec, rows, columns, raw, state.eta_n)
             raw[scale] = _scales(spec, columns, surrogate, raw, scale)
             for i in sorted({*range(len(names))} - {*scale}):
                 raw[i] = _family_scalar(spec, rows, columns, surrogate, raw, i, state.eta_n)
         still = np.abs(raw - before).max(initial=0.0) < _PSI_STILL and moved < _ETA_STILL
         if still:
             break
-    surrogate = _surrogate(spec, rows, columns, raw, state.eta_n)
-    found = solve(columns, surrogate, *_log_sds(spec, columns, raw))
+    surrogate = surrogate_at(spec, rows, columns, raw, state.eta_n)
+    found = solve(columns, surrogate, *log_sds(spec, columns, raw))
     mean = {name: found.mean_d[a:b] for name, a, b in columns.sites}
     mean |= {level.name: effect for level, effect in zip(columns.chain, found.levels, strict=True)}
     log_evidence = found.log_evidence + _prior(spec, raw)[0]
-    return Modal(_natural(spec, raw), mean, float(log_evidence), bool(still))
+    return Modal(_natural(spec, raw), mean, float(log_evidence), bool(still), state.eta_n)
 
 
-def _surrogate(spec: Spec, rows: Rows, columns: Columns, raw, eta_n) -> Surrogate:
+def unconstrained(spec: Spec, psi: dict[str, float]) -> np.ndarray:
+    """Raw scalars, logs of those that are positive; names that psi lacks are where every fit begins."""
+    raw = np.asarray(start(spec), float)
+    for i, s in enumerate(_scalars(spec)):
+        if s.name in psi:
+            raw[i] = np.log(psi[s.name]) if s.positive else psi[s.name]
+    return raw
+
+
+def surrogate_at(spec: Spec, rows: Rows, columns: Columns, raw, eta_n) -> Surrogate:
+    """Cross products of the Gaussian that touches the likelihood at eta."""
     first_n, information_n, log_prob_n = _curvature(spec, rows, raw, eta_n)
     weight_n = np.asarray(rows.weight_n, float)
     both = np.concatenate([columns.dense_nd, (eta_n + first_n / information_n)[:, None]], 1)
@@ -109,10 +116,10 @@ def _newton(spec: Spec, rows: Rows, columns: Columns, raw, state: _State) -> tup
 
     The beta-binomial is not log-concave: full steps from afar can circle for ever.
     """
-    sds, moved = _log_sds(spec, columns, raw), np.inf
+    sds, moved = log_sds(spec, columns, raw), np.inf
     density = _density(spec, rows, raw, sds, state)
     for _ in range(_NEWTON_STEPS):
-        found = solve(columns, _surrogate(spec, rows, columns, raw, state.eta_n), *sds)
+        found = solve(columns, surrogate_at(spec, rows, columns, raw, state.eta_n), *sds)
         share = 1.0
         for _ in range(_HALVINGS):
             ahead = _between(state, _State(found.mean_d, found.levels, fitted(columns, found)), share)
@@ -145,7 +152,7 @@ def _scales(spec: Spec, columns: Columns, surrogate: Surrogate, raw, scale) -> n
     def negative(values):
         moved = raw.copy()
         moved[scale] = values
-        sds = _log_sds(spec, columns, moved)
+        sds = log_sds(spec, columns, moved)
         found = solve(columns, surrogate, *sds)
         moments = spread(columns, found, *sds)
         by_d, by_chain = _by_psi(spec, columns, moved)
@@ -165,7 +172,7 @@ def _family_scalar(spec: Spec, rows: Rows, columns: Columns, surrogate: Surrogat
 
     d log|A| = sum of h dW over rows, h the variance of eta: written with log W, which bends as the determinant does.
     """
-    sds = _log_sds(spec, columns, raw)
+    sds = log_sds(spec, columns, raw)
     moments = spread(columns, solve(columns, surrogate, *sds), *sds)
     reach_nd = columns.dense_nd @ moments.half_dd.T
     variance_n = np.zeros(len(eta_n))
@@ -191,7 +198,7 @@ def _natural(spec: Spec, raw) -> dict[str, float]:
     return {s.name: float(np.exp(x)) if s.positive else float(x) for s, x in zip(_scalars(spec), raw, strict=True)}
 
 
-def _log_sds(spec: Spec, columns: Columns, raw) -> tuple[np.ndarray, np.ndarray]:
+def log_sds(spec: Spec, columns: Columns, raw) -> tuple[np.ndarray, np.ndarray]:
     """Log prior sd of every dense coefficient (d,), and of every set of levels in the chain."""
     psi, blocks, levels = _natural(spec, raw), {b.name: b for b in spec.blocks}, {v.name: v for v in spec.levels}
 
@@ -211,7 +218,7 @@ def _log_sds(spec: Spec, columns: Columns, raw) -> tuple[np.ndarray, np.ndarray]
 
 
 def _by_psi(spec: Spec, columns: Columns, raw, step: float = 1e-4) -> tuple[np.ndarray, np.ndarray]:
-    """Derivatives of both answers of `_log_sds` by each unconstrained scalar."""
+    """Derivatives of both answers of `log_sds` by each unconstrained scalar."""
     by_d, by_chain = np.zeros((len(raw), columns.dense_nd.shape[1])), np.zeros((len(raw), len(columns.chain)))
     spans = {name: slice(a, b) for name, a, b in columns.sites}
     place = {level.name: i for i, level in enumerate(columns.chain)}
@@ -219,7 +226,7 @@ def _by_psi(spec: Spec, columns: Columns, raw, step: float = 1e-4) -> tuple[np.n
         name, _, what = s.name.rpartition(".")
         if what == "lengthscale":
             shift = step * np.eye(len(raw))[i]
-            by_d[i] = (_log_sds(spec, columns, raw + shift)[0] - _log_sds(spec, columns, raw - shift)[0]) / (2 * step)
+            by_d[i] = (log_sds(spec, columns, raw + shift)[0] - log_sds(spec, columns, raw - shift)[0]) / (2 * step)
         elif what == "scale" and name in place:
             by_chain[i, place[name]] = 1.0
         elif what == "scale":

@@ -5,7 +5,8 @@
 Three logs, five resamples each (two cores: about half an hour). Every method sees the same rows; pairs of arms that
 share test and image, lie outside the log and have |z| > 1.96 judge it. `naive` and the designs are one beta-binomial
 model with every scale learned; `ridge` is on the empirical logit; `contrasts` is the ridge on differences inside tests;
-`logit_normal` is `full` with another overdispersion, whose evidence may be compared with that of `full`.
+`logit_normal` is `full` with another overdispersion, whose evidence may be compared with that of `full`; `full_cv` is
+`full` with the text's prior sd chosen by cross-validation over groups of the log, as the ridge's strength is.
 The bars: `full` is at least one point better than the better of naive and ridge on the mean of each log's resamples,
 and above zero over the three logs together (paired bootstrap over components).
 Without the data the script says so and stops; `--simulated` runs a miniature in seconds.
@@ -20,11 +21,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from deconfound_jax.causal.terms import empirical_logit
 from deconfound_jax.evaluate import ab
 from deconfound_jax.structs import Design
 from experiments import designs_logs, rundir
 from experiments.cli import markdown, parse_study, publish
 from experiments.designs_fits import DESIGNS, Fitted, fit_contrasts, fit_design, fit_ridge, logit_normal, refit
+from experiments.designs_strength import choose_text_sd
 
 GAIN = 0.01  # the bar on each log's mean
 NAIVE = ("naive", "ridge")
@@ -55,21 +58,24 @@ def run(config: UpworthyDesigns, workdir, on_fit: Callable[[str], None] | None =
     Returns:
       `<log>.<method>.pair_accuracy_z196` and `.seeds`, `.log_evidence` of the first resample; the same under
       `<log>.<method>.text_sd_<value>`; `<log>.full.gain_z196` with `.low`, `.high`, `.seeds` over the better naive,
-      `<log>.better_naive`; `pooled.full.gain_z196...`; `failed`: bars that do not hold, as sentences.
+      `<log>.better_naive`; `pooled.full.gain_z196...`, and `full_cv` alike; `failed`: bars that do not
+      hold, as sentences.
     """
     data = _archive(config)
     results: dict[str, Any] = {"skipped": []}
-    gaps, component_p = [], None
+    gaps: dict[str, list] = {"full": [], "full_cv": []}
     for log in designs_logs.LOGS:
         hits, component_p = _study(config, data, log, results, on_fit or (lambda line: None))
         better = max(NAIVE, key=lambda method: np.mean([c.mean() for c in hits[method]]))
         results[f"{log}.better_naive"] = better
         for method in (m for m in hits if m not in NAIVE and "text_sd" not in m):
             results |= _gain(config, hits[method], hits[better], component_p, f"{log}.{method}")
-        gaps.append((np.concatenate(hits["full"]), np.concatenate(hits[better])))
-    ours, naive = (np.stack(side) for side in zip(*gaps, strict=True))
-    pooled = ab.paired_bootstrap(ours, naive, component_p, config.bootstrap, config.seeds[0])
-    results |= _interval("pooled.full.gain_z196", pooled)
+        for method, pairs in gaps.items():
+            pairs.append((np.concatenate(hits[method]), np.concatenate(hits[better])))
+    for method, pairs in gaps.items():
+        ours, naive = (np.stack(side) for side in zip(*pairs, strict=True))
+        pooled = ab.paired_bootstrap(ours, naive, component_p, config.bootstrap, config.seeds[0])
+        results |= _interval(f"pooled.{method}.gain_z196", pooled)
     results["failed"] = failures(results)
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -94,7 +100,7 @@ def failures(results: Mapping[str, Any]) -> list[str]:
 
 def tables(config: UpworthyDesigns, results: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     """Methods by log; resamples by log; naive and full by prior strength."""
-    methods = dict.fromkeys(("ridge", *DESIGNS["all_arms"], "logit_normal", "contrasts"))
+    methods = dict.fromkeys(("ridge", *DESIGNS["all_arms"], "logit_normal", "full_cv", "contrasts"))
     accuracy = "pair_accuracy_z196"
     overall = [
         {"method": m} | {log: results.get(f"{log}.{m}.{accuracy}") for log in designs_logs.LOGS} for m in methods
@@ -117,10 +123,11 @@ def tables(config: UpworthyDesigns, results: Mapping[str, Any]) -> list[list[dic
 def verdict(results: Mapping[str, Any]) -> str:
     """Gains with their intervals, and the bars."""
     lines = []
-    for place in (*designs_logs.LOGS, "pooled"):
-        mean, low, high = (100 * results[f"{place}.full.gain_z196{end}"] for end in ("", ".low", ".high"))
-        over = results.get(f"{place}.better_naive", "the better naive of each log")
-        lines.append(f"- {place}: full minus {over} {mean:+.1f} points [{low:+.1f}, {high:+.1f}]")
+    for method in ("full", "full_cv"):
+        for place in (*designs_logs.LOGS, "pooled"):
+            mean, low, high = (100 * results[f"{place}.{method}.gain_z196{end}"] for end in ("", ".low", ".high"))
+            over = results.get(f"{place}.better_naive", "the better naive of each log")
+            lines.append(f"- {place}: {method} minus {over} {mean:+.1f} points [{low:+.1f}, {high:+.1f}]")
     lines += [f"- bar does not hold: {line}" for line in results["failed"]] or ["- Every bar holds."]
     return "\n".join(lines)
 
@@ -176,14 +183,19 @@ def _study(config, data: designs_logs.Archive, log: str, results: dict, on_fit) 
 
 def _fit_all(config, data: designs_logs.Archive, part, methods: Mapping[str, Design], known: Mapping[str, Fitted]):
     """Every method on one part's rows; designs start at the scales of the resample before."""
+    several = part.log != "one_arm"
     logs, features_nd = data.logs.take(part.train), data.features_nd[part.train]
     group_n, seed = data.component_n[part.train], config.seeds[0]
     found = {"ridge": fit_ridge(logs, features_nd, group_n, seed)}
-    if part.log != "one_arm":
+    if several:
         found["contrasts"] = fit_contrasts(logs, features_nd, group_n, seed)
     for name, design in methods.items():
         start = known[name].fit.psi if name in known else None
         found[name] = fit_design(logs, features_nd, design, config.rank, start)
+    logit_n = empirical_logit(logs.outcome_n, logs.exposure_n)[0]
+    test_n = logs.codes("test") if several else None
+    chosen = choose_text_sd(found["full"], logit_n, config.strengths, group_n, test_n, seed)
+    found["full_cv"] = refit(found["full"], chosen)
     for sd in config.strengths:
         found |= {f"{name}.text_sd_{sd:g}": refit(found[name], sd) for name in ("naive", "full")}
     return found

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from deconfound_jax.causal.nested import fit_nested
-from deconfound_jax.causal.terms import prepare
+from deconfound_jax.causal.terms import empirical_logit, prepare
 from deconfound_jax.structs import Design
 from experiments import designs_chain, designs_fits, designs_logs, designs_modal, upworthy_designs
+from experiments.designs_strength import choose_text_sd
 from tests.conftest import names
 
 
@@ -38,8 +39,8 @@ def test_levels_in_levels_form_a_chain_and_others_are_columns(small):
 def test_elimination_equals_one_dense_system(small):
     spec, rows, columns = laid_out(small, "category(week) + category(test) + category(image)")
     raw = np.linspace(-1.0, 0.5, len(designs_modal._scalars(spec)))
-    surrogate = designs_modal._surrogate(spec, rows, columns, raw, np.zeros(len(rows.outcome_n)))
-    sds = designs_modal._log_sds(spec, columns, raw)
+    surrogate = designs_modal.surrogate_at(spec, rows, columns, raw, np.zeros(len(rows.outcome_n)))
+    sds = designs_modal.log_sds(spec, columns, raw)
     found = designs_chain.solve(columns, surrogate, *sds)
     spread = designs_chain.spread(columns, found, *sds)
 
@@ -70,12 +71,12 @@ def test_elimination_equals_one_dense_system(small):
 def test_gradient_of_the_scales(small):
     spec, rows, columns = laid_out(small, "smooth(week_number, bases=4) + category(test)")
     raw = np.linspace(-1.0, 0.5, len(designs_modal._scalars(spec)))
-    surrogate = designs_modal._surrogate(spec, rows, columns, raw, np.zeros(len(rows.outcome_n)))
+    surrogate = designs_modal.surrogate_at(spec, rows, columns, raw, np.zeros(len(rows.outcome_n)))
 
     def evidence(raw):
-        return designs_chain.solve(columns, surrogate, *designs_modal._log_sds(spec, columns, raw)).log_evidence
+        return designs_chain.solve(columns, surrogate, *designs_modal.log_sds(spec, columns, raw)).log_evidence
 
-    sds = designs_modal._log_sds(spec, columns, raw)
+    sds = designs_modal.log_sds(spec, columns, raw)
     spread = designs_chain.spread(columns, designs_chain.solve(columns, surrogate, *sds), *sds)
     by_d, by_chain = designs_modal._by_psi(spec, columns, raw)
     shifts = 1e-4 * np.eye(len(raw))
@@ -115,6 +116,20 @@ def test_a_fixed_strength_shrinks(small):
     fitted = designs_fits.fit_design(small.logs, small.features_nd, Design.parse("", "beta_binomial"), 4)
     sizes = [np.linalg.norm(designs_fits.refit(fitted, sd).slope_d) for sd in (0.001, 0.03, 1.0)]
     assert sizes[0] < 0.1 * sizes[1] < 0.1 * sizes[2]
+
+
+def test_the_strength_follows_what_held_out_groups_say(small):
+    strengths, design = (0.001, 0.003, 0.01, 0.03, 0.1, 1.0), Design.parse("category(week)", "beta_binomial")
+    logit_n = empirical_logit(small.logs.outcome_n, small.logs.exposure_n)[0]
+
+    def chosen(features_nd):
+        fitted = designs_fits.fit_design(small.logs, features_nd, design, 4)
+        codes = (None, small.logs.codes("test"))
+        return [choose_text_sd(fitted, logit_n, strengths, small.component_n, test_n, seed=0) for test_n in codes]
+
+    noise = [chosen(np.random.default_rng(s).normal(size=small.features_nd.shape)) for s in range(1, 5)]
+    # Held-out rows of 60 tests tell little: a single log of pure noise may still ask for a large strength.
+    assert (np.asarray(chosen(small.features_nd)) > np.median(noise, 0)).all()
 
 
 def test_a_family_in_closed_form_is_refused(small):
