@@ -82,6 +82,13 @@ def lay_out(spec: Spec, rows: Rows) -> Columns:
     return Columns(np.concatenate(dense, 1), tuple(sites), tuple(chain), own, tuple(into), tuple(parents))
 
 
+def take(columns: Columns, index: np.ndarray) -> Columns:
+    """The same design on some of its rows."""
+    codes = tuple(codes_n[index] for codes_n in columns.codes)
+    into = columns.into and (columns.into[0][:, index], *columns.into[1:])
+    return columns._replace(dense_nd=columns.dense_nd[index], codes=codes, into=into)
+
+
 def _summing(codes_n: np.ndarray, count: int) -> scipy.sparse.csr_matrix:
     n = len(codes_n)
     return scipy.sparse.csr_matrix((np.ones(n), (codes_n, np.arange(n))), shape=(count, n))

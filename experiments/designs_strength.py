@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.designs_chain import lay_out, solve
+from experiments.designs_chain import lay_out, solve, take
 from experiments.designs_fits import Fitted, group_folds, within
 from experiments.designs_modal import log_sds, surrogate_at, unconstrained
 
@@ -29,17 +29,16 @@ def choose_text_sd(
     spec, rows, fit = fitted.prepared.spec, fitted.prepared.rows, fitted.fit
     raw, fold_n = unconstrained(spec, fit.psi), group_folds(group_n, seed)
     loss = np.zeros(len(strengths))
-    dense_nd = lay_out(spec, rows).dense_nd
+    everything = lay_out(spec, rows)
     for fold in range(fold_n.max() + 1):
         held = np.flatnonzero(fold_n == fold)
         seen = np.flatnonzero(fold_n != fold)
-        some = rows.take(seen)
-        columns = lay_out(spec, some)
-        surrogate = surrogate_at(spec, some, columns, raw, fit.eta_n[seen])
+        columns = take(everything, seen)
+        surrogate = surrogate_at(spec, rows.take(seen), columns, raw, fit.eta_n[seen])
         for k, sd in enumerate(strengths):
             fixed = spec._replace(blocks=(spec.blocks[0]._replace(sd=sd), *spec.blocks[1:]))
             mean_d = solve(columns, surrogate, *log_sds(fixed, columns, unconstrained(fixed, fit.psi))).mean_d
-            error_n = target_n[held] - float(rows.offset) - dense_nd[held] @ mean_d
+            error_n = target_n[held] - float(rows.offset) - everything.dense_nd[held] @ mean_d
             if test_n is not None:
                 error_n = within(error_n[:, None], test_n[held])[:, 0]
             loss[k] += (error_n**2).sum()
