@@ -41,6 +41,8 @@ _HOMES = {
     "orthogonal_form": "causal.orthogonal",
     "predict": "causal.predict",
     "encode": "models.encoder",
+    "load_language_model": "models.language_model",
+    "generate": "models.sample",
     "load": "saved",
 }
 

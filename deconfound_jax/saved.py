@@ -27,6 +27,7 @@ from deconfound_jax.causal.reward import model_form
 from deconfound_jax.config import Run
 from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
+from deconfound_jax.models.encoders import ENCODERS, encode_by
 from deconfound_jax.models.params import load_params
 from deconfound_jax.models.sample import sample
 from deconfound_jax.recipes.reference import decoder_features
@@ -78,10 +79,8 @@ class SavedRun:
           ValueError: the run was fitted on a file of features; pass `features` for the texts yourself.
         """
         source = self.config.features.source
-        if source == "minilm":
-            from deconfound_jax.models.encoder import encode
-
-            return encode(list(texts), self.config.features.weights)
+        if source in ENCODERS:
+            return encode_by(self.config.features, list(texts))
         if source != "tokens":
             raise ValueError(f"features: this run used the file {source!r}; give the new texts' features as an array")
         tokens_nl = self.tokenizer.encode(list(texts), self.config.decoder.length)

@@ -149,9 +149,9 @@ def _peers(config, sizes: Sizes, results, workdir) -> dict[str, Any]:
     """Every peer that is there; ours over the fastest, with and without first calls."""
     rows, width = sizes.narrow
     prefix, found = f"iv_{label(rows, width)}", {}
-    env = os.environ | {name: str(os.cpu_count()) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
+    env = all_threads()
     for name, peer in bench_peers.PEERS.items():
-        python = _python_with(peer.package)
+        python = python_with(peer.package)
         needed = bench_peers.needed_gb(name, rows, width)
         if python is None or needed > bench_peers.available_gb():
             why = "not installed (make peers)" if python is None else f"needs about {needed:.0f} GB of memory"
@@ -223,7 +223,12 @@ def _canary(config, sizes: Sizes, results, workdir) -> dict[str, Any]:
     return {f"canary.{k}": v for k, v in found.items()}
 
 
-def _python_with(package: str) -> str | None:
+def all_threads() -> dict[str, str]:
+    """The environment of a peer: this project's own scripts hold BLAS to one thread."""
+    return os.environ | {name: str(os.cpu_count()) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
+
+
+def python_with(package: str) -> str | None:
     if importlib.util.find_spec(package):
         return sys.executable
     return str(PEERS_PYTHON) if PEERS_PYTHON.exists() else None

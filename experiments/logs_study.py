@@ -25,6 +25,7 @@ from deconfound_jax.config import Run
 from deconfound_jax.evaluate import truth
 from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
+from deconfound_jax.models.encoders import ENCODERS, encode_by
 from deconfound_jax.models.features import cached, read_features
 from deconfound_jax.recipes.preference import align, dpo_stage
 from deconfound_jax.recipes.reference import decoder_features, policy_sampler, sft_stage, train_reference
@@ -146,19 +147,14 @@ def kl_evaluator(decoder: Decoder, reference: Any, config: Run, seed: int) -> Ca
 
 
 def file_or_encoder(config: Run, logs: Logs, workdir: epath.Path, on_step=None) -> np.ndarray:
-    """Features of every row's text: from a file of arrays, or the sentence encoder, cached by the texts."""
-    source = config.features.source
-    if source != "minilm":
-        return read_features(source, len(logs), config.features.array, logs.roles.text)
-    from deconfound_jax.models.encoder import encode
-
-    def compute():
-        done = (lambda i, n: on_step("minilm features", i, n, {})) if on_step else None
-        return encode(logs.text, config.features.weights, on_batch=done)
-
-    folder = config.features.cache or workdir / "features"
+    """Features of every row's text: from a file of arrays, or an encoder, cached by the texts."""
+    features = config.features
+    if features.source not in ENCODERS:
+        return read_features(features.source, len(logs), features.array, logs.roles.text)
+    done = (lambda i, n: on_step(f"{features.source} features", i, n, {})) if on_step else None
     texts = fingerprint({"text": logs.columns[logs.roles.text]})
-    return cached(folder, f"minilm-{texts}-{config.features.weights}", compute)
+    key = f"{features.source}-{texts}-{features.weights}" + (features.pooling if features.source == "lm" else "")
+    return cached(features.cache or workdir / "features", key, lambda: encode_by(features, logs.text, done))
 
 
 def tables(config: Run, results: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
@@ -202,4 +198,4 @@ def verdict(config: Run, results: Mapping[str, Any]) -> str:
 
 def _feature_name(config: Run) -> str:
     source = config.features.source
-    return source if source in ("tokens", "minilm") else "file"
+    return source if source in ("tokens", *ENCODERS) else "file"

@@ -91,13 +91,13 @@ def test_peers_are_skipped_with_a_reason_or_compared(tmp_path, monkeypatch):
         return slow | {"seconds": {"econml_2sls": 4.0, "econml_ortho_iv": 13.0}[arguments["job"]]}
 
     monkeypatch.setattr(bench_jobs, "in_child", in_child)
-    monkeypatch.setattr(bench_causal, "_python_with", lambda package: sys.executable)
+    monkeypatch.setattr(bench_causal, "python_with", lambda package: sys.executable)
     monkeypatch.setattr(bench_peers, "needed_gb", lambda name, rows, width: 1e9 if name == "linearmodels" else 0.0)
     results = {"skipped": [], "iv_3k_by_8.seconds": 0.5, "iv_3k_by_8.first_call_seconds": 2.0}
     found = bench_causal._peers(BenchCausal(), bench_causal.SIZES["small"], results, tmp_path)
     assert found["iv_3k_by_8.ratio_to_fastest_peer"] == 8.0 and found["iv_3k_by_8.ratio_with_first_calls"] == 2.0
     assert sorted(why.split(":")[0] for why in results["skipped"]) == ["linearmodels", "pyfixest"]
-    monkeypatch.setattr(bench_causal, "_python_with", lambda package: None)
+    monkeypatch.setattr(bench_causal, "python_with", lambda package: None)
     assert bench_causal._peers(BenchCausal(), bench_causal.SIZES["small"], results, tmp_path) == {}
     assert "not installed (make peers)" in results["skipped"][-1]
 

@@ -90,7 +90,7 @@ def test_gradients_equal_the_two_stage_functions_at_the_same_posterior(small):
     # A linear optimizer shows the gradient as the parameters' change.
     identity = optax.sgd(1.0)
     state = state._replace(opt_state=identity.init(params))
-    step = joint_step(decoder.apply, prepared.spec, JOINT, identity, "one")
+    step = joint_step(decoder, prepared.spec, JOINT, identity, "one")
     after, _ = step(state, {"beta": jnp.float32(0.3)}, batch._replace(rows=rows(9)), key)
 
     # Two stages, by hand: the posterior that the step had, draws, labels by pair, the DPO objective's gradient.
@@ -100,7 +100,7 @@ def test_gradients_equal_the_two_stage_functions_at_the_same_posterior(small):
     groups = np.arange(40).reshape(8, 5)
     label, weight = pair_labels(reward_sn, groups, float(reward_sn.mean(0).std()), "one")
     two_stage = label_groups(batch, draws_sd, "one")._replace(label_bp=label, weight_bp=weight)
-    objective = dpo_objective(decoder.apply)
+    objective = dpo_objective(decoder)
 
     def loss(p):
         per_example, w, penalty, _ = objective(p, {"beta": jnp.float32(0.3)}, two_stage, key)

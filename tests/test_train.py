@@ -23,6 +23,7 @@ PROGRAM = """
 import hashlib, sys, time
 import jax, numpy as np
 from deconfound_jax import config
+from deconfound_jax.align.logprobs import token_scores
 from deconfound_jax.align.losses.likelihood import token_nll
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.train.loop import run_stage
@@ -32,9 +33,9 @@ workdir, hang = sys.argv[1], sys.argv[2] == "hang"
 decoder = Decoder(config.Decoder(width=8, layers=1, heads=2, length=6), 12)
 
 def objective(params, frozen, batch, key):
-    logits, _ = decoder.apply(params, batch)
     noise = 1 + 0.1 * jax.random.normal(key, batch.shape[:1])
-    return noise * token_nll(logits, batch), frozen["weight"], 0.0, {"noise": noise.mean()}
+    loss = token_nll(token_scores(decoder, params, batch).logprob, batch)
+    return noise * loss, frozen["weight"], 0.0, {"noise": noise.mean()}
 
 def batches(i):
     if hang and i == 12:

@@ -14,7 +14,6 @@ spread (a point here, integrated in `causal.nested`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +28,7 @@ from deconfound_jax.causal.reward import precision_weight, prefer
 from deconfound_jax.causal.scalars import constrain, log_prior, start
 from deconfound_jax.causal.spec import Rows, Spec
 from deconfound_jax.config import Joint
+from deconfound_jax.models.decoder import Decoder
 
 
 class CausalState(NamedTuple):
@@ -104,13 +104,13 @@ def label_groups(batch: JointBatch, coefficients_sd, weighting: str) -> GroupBat
     return GroupBatch(batch.tokens_bgl, batch.reference_bg, prefer(a, b, tau), weight)
 
 
-def joint_step(apply: Callable, spec: Spec, config: Joint, optimizer: optax.GradientTransformation, weighting: str):
+def joint_step(decoder: Decoder, spec: Spec, config: Joint, optimizer: optax.GradientTransformation, weighting: str):
     """Builds `(state, frozen, batch, key) -> (state, metrics)`; `train.step.jit_step` compiles it.
 
     `state.causal` is a `CausalState`; `frozen` is {"beta": scalar}. The metrics hold
     the current psi by name, rows seen, the DPO loss and its gradient's norm.
     """
-    objective = dpo_objective(apply)
+    objective = dpo_objective(decoder)
 
     def step(state, frozen, batch: JointBatch, key):
         key = jax.random.fold_in(key, state.step)

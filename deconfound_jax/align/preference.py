@@ -10,9 +10,10 @@ from einops import rearrange
 from deconfound_jax.align.groups import GroupBatch, pair_index
 from deconfound_jax.align.logprobs import sequence_logprob
 from deconfound_jax.align.losses.dpo import dpo
+from deconfound_jax.models.decoder import Decoder
 
 
-def dpo_objective(apply: Callable) -> Callable:
+def dpo_objective(decoder: Decoder) -> Callable:
     """Objective `(params, frozen, batch, key) -> (per_example, weight, penalty, metrics)` of soft-label DPO.
 
         h_i = log pi(x_i) - log pi_ref(x_i)
@@ -23,7 +24,7 @@ def dpo_objective(apply: Callable) -> Callable:
 
     def objective(params, frozen, batch: GroupBatch, key):
         b, g, _ = batch.tokens_bgl.shape
-        logprob = sequence_logprob(apply, params, rearrange(batch.tokens_bgl, "b g l -> (b g) l"))
+        logprob = sequence_logprob(decoder, params, rearrange(batch.tokens_bgl, "b g l -> (b g) l"))
         ratio_bg = rearrange(logprob, "(b g) -> b g", b=b, g=g) - batch.reference_bg
         first, second = pair_index(g)
         h1, h2 = (rearrange(ratio_bg[:, side], "b p -> (b p)") for side in (first, second))

@@ -1,161 +1,162 @@
-"""A small pre-norm causal transformer, and the same blocks one token at a time.
+"""One causal transformer for every family: its config says which (`models.families` reads published ones).
 
     d = Decoder(config.Decoder(), vocabulary=tokenizer.size)
     params = d.init(key, tokens_bl)
     logits_blv, hidden_bld = d.apply(params, tokens_bl)
 
-`params` is everywhere what `init` returns, so `d.apply` is the policy.
+`params` is everywhere what `init` returns, so `d.apply` is the policy. Layers are scanned: every leaf under
+"layers" has the layers first. A second collection "lora", where one is given, adds its low-rank products
+(`models.lora`). PAD may lie left or right of a text: rows are moved to the left edge, read, and moved back.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+import numpy as np
 from flax import linen as nn
 
 from deconfound_jax.config import Decoder as DecoderConfig
-from deconfound_jax.models.tokenizer import BEGIN, PAD
+from deconfound_jax.models.layers import NEVER, Block, Norm, cast, param_dtype, rotary
+from deconfound_jax.models.tokenizer import PAD
 
-# Finite, so that 0 * log-probability stays 0; far below any logit, so the probability is exactly 0.
-_NEVER = -1e9
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens read so far, one pair a layer; False in `visible_bl` hides a position."""
-
-    keys_blhe: tuple[jax.Array, ...]
-    values_blhe: tuple[jax.Array, ...]
-    visible_bl: jax.Array
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x_bqd, mask_bqk, past=None, position=0):
-        """Reads q tokens that sit at `position`; returns them and the (keys, values) they may attend to.
-
-        Without `past` these are the keys of the q tokens themselves; with it, `past` with the new ones written in.
-        """
-        c = self.config
-        dtype = jnp.dtype(c.dtype)
-        # The branches' outputs are scaled so that the residual stream keeps its variance in depth.
-        into_stream = nn.initializers.variance_scaling(1 / (2 * c.layers), "fan_in", "truncated_normal")
-
-        qkv = nn.Dense(3 * c.width, dtype=dtype, name="qkv")(nn.LayerNorm(dtype=dtype, name="norm_attention")(x_bqd))
-        query_bqhe, key_bkhe, value_bkhe = rearrange(qkv, "b q (three h e) -> three b q h e", three=3, h=c.heads)
-        if past is not None:
-            key_bkhe, value_bkhe = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
-                for old, new in zip(past, (key_bkhe, value_bkhe), strict=True)
-            )
-        read_bqhe = _attend(query_bqhe, key_bkhe, value_bkhe, mask_bqk)
-        read_bqd = rearrange(read_bqhe, "b q h e -> b q (h e)")
-        x_bqd = x_bqd + nn.Dense(c.width, dtype=dtype, kernel_init=into_stream, name="out")(read_bqd)
-
-        inner = nn.Dense(4 * c.width, dtype=dtype, name="up")(nn.LayerNorm(dtype=dtype, name="norm_mlp")(x_bqd))
-        x_bqd = x_bqd + nn.Dense(c.width, dtype=dtype, kernel_init=into_stream, name="down")(nn.gelu(inner))
-        return x_bqd, (key_bkhe, value_bkhe)
+COLLECTIONS = ("params", "lora")  # what belongs to a layer, stacked over the layers
+_SMALL = nn.initializers.normal(0.02)
 
 
 class Decoder(nn.Module):
-    """Learned positions, pre-norm blocks, output embedding tied to the input's.
+    """Embedding, blocks, norm, logits.
 
-        p(token_t | tokens before t) = softmax(E norm(h_{t-1})),   0 for PAD and BEGIN
+        p(token_t | tokens before t) = softmax(E norm(h_{t-1})),   0 for `config.forbidden`
 
-    PAD and BEGIN have probability zero, so what is sampled is a text and log-probabilities of texts sum to one.
+    In own vocabularies the forbidden ids are PAD's and BEGIN's, so what is sampled is a text and log-probabilities
+    of texts sum to one.
+
+    Sources: Radford et al. 2019 (GPT-2); Touvron et al. 2302.13971 (Llama); Yang et al. 2412.15115 and 2505.09388
+    (Qwen); Gemma Team 2408.00118 and 2503.19786.
     """
 
     config: DecoderConfig
     vocabulary: int
 
     def setup(self):
-        c = self.config
-        if c.width % c.heads:
-            raise ValueError(f"Decoder.heads: expected a divisor of width {c.width}, got {c.heads}")
-        small = nn.initializers.normal(0.02)
-        self.embedding = nn.Embed(self.vocabulary, c.width, embedding_init=small)
-        self.positions = self.param("positions", small, (c.length, c.width))
-        self.blocks = [Block(c) for _ in range(c.layers)]
-        self.norm = nn.LayerNorm()
+        c = check(self.config)
+        stored = param_dtype(c)
+        self.embed_tokens = nn.Embed(self.vocabulary, c.width, embedding_init=_SMALL, param_dtype=stored)
+        if c.positions == "learned":
+            self.positions = self.param("positions", _SMALL, (c.length, c.width), stored)
+        self.layers = _scanned(c)(c)
+        self.norm = Norm(c)
+        if not c.tied:
+            self.lm_head = self.param("lm_head", _SMALL, (c.width, self.vocabulary), stored)
 
-    def __call__(self, tokens_bl):
-        """Tokens (b, l) int, PAD to the right -> next token's logits (b, l, v), hidden (b, l, d); both float32."""
+    def __call__(self, tokens_bl, positions_bl=None, segments_bl=None):
+        """Tokens (b, l) int, PAD (-1) where there is none -> next token's logits (b, l, v), hidden (b, l, d).
+
+        Both in float32 at least; what stands at PAD means nothing.
+
+        Args:
+          positions_bl, segments_bl: of rows that hold several texts, PAD to the right. Segment 0 is seen by all that
+            follows, another only by itself: a prompt (0) and its completions (1, 2, ...) in one row.
+        """
+        hidden_bld = self.hidden(tokens_bl, positions_bl, segments_bl)
+        return self.predict(hidden_bld), hidden_bld
+
+    def hidden(self, tokens_bl, positions_bl=None, segments_bl=None):
+        """Normed last states (b, l, d): `predict` makes them logits, a few positions at a time where memory counts."""
         chex.assert_rank(tokens_bl, 2)
-        return self.read(self.embed(tokens_bl), tokens_bl != PAD)
+        if segments_bl is not None:
+            return self.read(self.embed(tokens_bl, positions_bl), positions_bl, segments_bl)
+        # Texts at the left edge: then a token sees no PAD, and no mask but the causal one is needed.
+        order_bl = jnp.argsort(tokens_bl == PAD, axis=1, stable=True)
+        hidden_bld = self.read(self.embed(jnp.take_along_axis(tokens_bl, order_bl, 1)))
+        return jnp.take_along_axis(hidden_bld, jnp.argsort(order_bl, axis=1)[..., None], 1)
 
-    def embed(self, tokens_bl, start=0):
-        """Token plus position, float32; the tokens sit at `start`, start + 1, ..."""
-        length = tokens_bl.shape[1]
-        if length > self.config.length:
-            raise ValueError(f"tokens: expected at most Decoder.length = {self.config.length} positions, got {length}")
-        position_ld = jax.lax.dynamic_slice_in_dim(self.positions, start, length)
-        return self.embedding(tokens_bl) + position_ld[None]
+    def embed(self, tokens_bl, positions_bl=None):
+        """Token plus learned position, in the parameters' precision; positions are 0, 1, ... unless given."""
+        c, length = self.config, tokens_bl.shape[1]
+        if length > c.length:
+            raise ValueError(f"tokens: expected at most Decoder.length = {c.length} positions, got {length}")
+        x_bld = self.embed_tokens(jnp.maximum(tokens_bl, 0)) * jnp.asarray(c.embedding_scale, cast(c))
+        if c.positions == "learned":
+            x_bld = x_bld + (self.positions[None, :length] if positions_bl is None else self.positions[positions_bl])
+        return x_bld
 
-    def read(self, x_bld, visible_bl):
-        """Embedded tokens -> (logits, hidden), every position seeing itself and the visible ones before it."""
-        mask_bll = nn.make_causal_mask(visible_bl, dtype=bool)[:, 0] & visible_bl[:, None, :]
-        x_bld = x_bld.astype(self.config.dtype)
-        for block in self.blocks:
-            x_bld, _ = block(x_bld, mask_bll)
-        return self.predict(x_bld)
+    def read(self, x_bld, positions_bl=None, segments_bl=None):
+        """Embedded tokens at the left edge of their rows -> normed states of the last layer."""
+        c = self.config
+        if positions_bl is None:
+            positions_bl = jnp.arange(x_bld.shape[1])[None]
+        segments = None if segments_bl is None else (segments_bl, positions_bl)
+        tables = rotary(c, positions_bl)
+        x_bld, _ = self.layers(x_bld.astype(cast(c)), tables, segments, jnp.asarray(local_layers(c)))
+        return self.norm(x_bld).astype(param_dtype(c))
 
-    def step(self, token_b, position, cache: Cache):
-        """One token at `position` (traced) -> (logits (b, v), cache with it)."""
-        visible_bl = cache.visible_bl.at[:, position].set(token_b != PAD)
-        x_bld = self.embed(token_b[:, None], position).astype(self.config.dtype)
-        pasts = []
-        for block, *past in zip(self.blocks, cache.keys_blhe, cache.values_blhe, strict=True):
-            x_bld, past = block(x_bld, visible_bl[:, None, :], past, position)
-            pasts.append(past)
-        logits_blv, _ = self.predict(x_bld)
-        keys, values = zip(*pasts, strict=True)
-        return logits_blv[:, 0], Cache(keys, values, visible_bl)
-
-    def predict(self, x_bld):
-        hidden_bld = self.norm(x_bld.astype(jnp.float32))
-        table_vd, query_bld = (a.astype(self.config.dtype) for a in (self.embedding.embedding, hidden_bld))
-        logits_blv = jnp.einsum("bld,vd->blv", query_bld, table_vd, preferred_element_type=jnp.float32)
-        return logits_blv.at[..., jnp.array([PAD, BEGIN])].set(_NEVER), hidden_bld
-
-
-def decode_step(decoder: Decoder, params: Any, token_b, position, cache: Cache):
-    """The next token's logits, from one new token and the cache of those before it.
-
-    Args:
-      token_b: (b,) int tokens at `position`; `position` may be traced.
-      cache: of `empty_cache`, or of the step before.
-    Returns:
-      logits (b, v) float32, equal to `apply` on the whole prefix, and the cache with this token in it.
-    """
-    return decoder.apply(params, token_b, position, cache, method="step")
+    def predict(self, hidden_bld):
+        """Normed states (..., d) -> logits (..., v), float32 at least."""
+        c = self.config
+        table = self.embed_tokens.embedding if c.tied else self.lm_head
+        pattern = "...d,vd->...v" if c.tied else "...d,dv->...v"
+        logits = jnp.einsum(
+            pattern, hidden_bld.astype(cast(c)), table.astype(cast(c)), preferred_element_type=param_dtype(c)
+        )
+        return bounded(c, logits)
 
 
-def empty_cache(decoder: Decoder, batch: int, length: int) -> Cache:
-    """A cache of `length` positions in which nothing has been read."""
-    c = decoder.config
-    if length > c.length:
-        raise ValueError(f"length: expected at most Decoder.length = {c.length}, got {length}")
-    # One buffer each: aliases of one array could not be updated in place.
-    shape = (batch, length, c.heads, c.width // c.heads)
-    keys, values = (tuple(jnp.zeros(shape, c.dtype) for _ in range(c.layers)) for _ in range(2))
-    return Cache(keys, values, jnp.zeros((batch, length), bool))
+def output_table(c: DecoderConfig, params: Any):
+    """What makes states logits: the embedding (v, d) where it is tied, else `lm_head` (d, v)."""
+    return params["params"]["embed_tokens"]["embedding"] if c.tied else params["params"]["lm_head"]
+
+
+def bounded(c: DecoderConfig, logits, first=0):
+    """Logits (..., v) of the ids first, first + 1, ...: capped, and `NEVER` for `config.forbidden`."""
+    if c.logit_cap:
+        logits = c.logit_cap * jnp.tanh(logits / c.logit_cap)
+    if not c.forbidden:
+        return logits
+    ids = (first + jnp.arange(logits.shape[-1])).reshape((1,) * (logits.ndim - 1) + (-1,))
+    return jnp.where(functools.reduce(jnp.logical_or, [ids == i for i in c.forbidden]), NEVER, logits)
+
+
+def _scanned(c: DecoderConfig):
+    """Block over the layers: parameters and the local flags have the layers first, the stream is carried."""
+    block = Block
+    if c.remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
+        block = nn.remat(block, prevent_cse=False, policy=policy)
+    return nn.scan(
+        block,
+        variable_axes=dict.fromkeys(COLLECTIONS, 0),
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast, 0),
+        length=c.layers,
+    )
+
+
+def local_layers(c: DecoderConfig) -> np.ndarray:
+    """Which layers see only a window, (layers,) bool."""
+    if not c.window:
+        return np.zeros(c.layers, bool)
+    return np.asarray([not c.global_every or (i + 1) % c.global_every != 0 for i in range(c.layers)])
+
+
+def check(c: DecoderConfig) -> DecoderConfig:
+    """The config; ValueError names a field that does not fit the others."""
+    if not c.head_width and c.width % c.heads:
+        raise ValueError(f"Decoder.heads: expected a divisor of width {c.width}, got {c.heads}")
+    if c.kv_heads and c.heads % c.kv_heads:
+        raise ValueError(f"Decoder.kv_heads: expected a divisor of heads {c.heads}, got {c.kv_heads}")
+    if c.chunk and c.remat != "layer":
+        raise ValueError(f"Decoder.chunk: expected remat='layer' beside it, got {c.remat!r}: nothing would be saved")
+    if len(c.rotary_scaling) not in (0, 1, 4):
+        raise ValueError(f"Decoder.rotary_scaling: expected 0, 1 or 4 numbers, got {c.rotary_scaling}")
+    return c
 
 
 def count_parameters(params: Any) -> int:
     """Numbers in a tree of arrays (or of shapes, from `jax.eval_shape`)."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _attend(query_bqhe, key_bkhe, value_bkhe, mask_bqk):
-    scale = query_bqhe.shape[-1] ** -0.5
-    score_bhqk = jnp.einsum("bqhe,bkhe->bhqk", query_bqhe, key_bkhe, preferred_element_type=jnp.float32) * scale
-    # A row of padding sees nothing: with a finite mask its weights are uniform, not NaN.
-    weight_bhqk = jax.nn.softmax(jnp.where(mask_bqk[:, None], score_bhqk, _NEVER), axis=-1)
-    return jnp.einsum("bhqk,bkhe->bqhe", weight_bhqk.astype(value_bkhe.dtype), value_bkhe)

@@ -1,6 +1,6 @@
 """Texts to padded rows of ids and back: a closed word list, or a trained byte-level BPE.
 
-A row is BEGIN, the text, END, then PAD to the right.
+A row is BEGIN, the text, END, then PAD to the right. PAD is no id of any vocabulary: a position that holds no token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-PAD, BEGIN, END, UNKNOWN = range(4)
+PAD = -1
+BEGIN, END, UNKNOWN = 1, 2, 3
 SPECIAL = ("[pad]", "[begin]", "[end]", "[unknown]")
 _BYTES = 256
 

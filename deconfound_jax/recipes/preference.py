@@ -27,13 +27,13 @@ from deconfound_jax.train.step import adamw, init_state, jit_step, make_step
 def dpo_stage(decoder: Decoder, config: Dpo) -> Stage:
     """The compiled two-stage step; labels and beta are arguments, so every method and seed shares it."""
     optimizer = adamw(config.learning_rate, config.steps)
-    return Stage(make_step(dpo_objective(decoder.apply), optimizer), optimizer, config.steps)
+    return Stage(make_step(dpo_objective(decoder), optimizer), optimizer, config.steps)
 
 
 def joint_stage(decoder: Decoder, spec: Spec, config: Dpo, joint: Joint) -> Stage:
     """The compiled joint step. Its first `warm_rows / rows` steps move the causal part alone."""
     optimizer = adamw(config.learning_rate, config.steps)
-    step = jit_step(joint_step(decoder.apply, spec, joint, optimizer, config.weight))
+    step = jit_step(joint_step(decoder, spec, joint, optimizer, config.weight))
     return Stage(step, optimizer, config.steps + -(-joint.warm_rows // joint.rows) - 1)
 
 

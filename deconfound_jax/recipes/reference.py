@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deconfound_jax.align.groups import epochs
-from deconfound_jax.align.logprobs import check_targets, sequence_logprob
+from deconfound_jax.align.logprobs import check_targets, sequence_logprob, token_scores
 from deconfound_jax.align.losses.likelihood import token_nll
 from deconfound_jax.config import Features, Sft
 from deconfound_jax.models.decoder import Decoder
@@ -28,8 +28,7 @@ def sft_stage(decoder: Decoder, config: Sft) -> Stage:
     """The compiled step of maximum likelihood: mean nats per target token."""
 
     def objective(params, frozen, batch, key):
-        logits_blv, _ = decoder.apply(params, batch)
-        loss_b = token_nll(logits_blv, batch)
+        loss_b = token_nll(token_scores(decoder, params, batch).logprob, batch)
         return loss_b, jnp.ones_like(loss_b), 0.0, {}
 
     optimizer = adamw(config.learning_rate, config.steps)
@@ -68,7 +67,7 @@ def policy_sampler(decoder: Decoder, samples: int) -> Callable:
     @jax.jit
     def draw(params, reference, key):
         tokens_nl, own_n = sample(decoder, params, key, samples, decoder.config.length)
-        return tokens_nl, own_n, sequence_logprob(decoder.apply, reference, tokens_nl)
+        return tokens_nl, own_n, sequence_logprob(decoder, reference, tokens_nl)
 
     return draw
 
@@ -92,7 +91,7 @@ def _chunks(function, decoder, params, tokens_nl, *static):
 
 
 def _logprob_of(decoder, params, tokens_bl):
-    return sequence_logprob(decoder.apply, params, tokens_bl)
+    return sequence_logprob(decoder, params, tokens_bl)
 
 
 def _pooled_of(decoder, params, tokens_bl, states, pooling):
