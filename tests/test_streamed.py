@@ -9,7 +9,7 @@ import pytest
 from deconfound_jax.align import logprobs
 from deconfound_jax.align.logprobs import packed_scores
 from deconfound_jax.align.packed import pack
-from deconfound_jax.models import layers
+from deconfound_jax.models import block, layers
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.tokenizer import PAD
 from experiments.lm_gradients import GPT2, OBJECTIVES, gradients, relative_differences, texts
@@ -60,7 +60,7 @@ def test_of_prompts_and_completions_in_one_row():
 
 
 def test_attention_read_in_one_piece_has_the_same_gradient(monkeypatch):
-    monkeypatch.setattr(layers, "whole_rows", lambda c, segments: True)
+    monkeypatch.setattr(block, "whole_rows", lambda c, segments: True)
     assert max(worst(LLAMA).values()) < BAR
 
 
@@ -72,7 +72,7 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
         mask = right(c, start, size, seen, segments, local)
         return mask if mask is None or seen == size else mask.at[..., 0].set(False)
 
-    monkeypatch.setattr(layers, "causal_mask", blind)
+    monkeypatch.setattr(block, "causal_mask", blind)
     assert max(worst(LLAMA).values()) > 1e-3
 
 

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from deconfound_jax.config import Decoder as DecoderConfig
+from deconfound_jax.models.block import Block
 from deconfound_jax.models.decoder import COLLECTIONS, Decoder, bounded, local_layers, output_table
-from deconfound_jax.models.layers import NEVER, Block, Norm, cast, head_width, param_dtype, rotary
+from deconfound_jax.models.layers import NEVER, Norm, cast, head_width, param_dtype, rotary
 from deconfound_jax.models.lora import merge_lora
 from deconfound_jax.models.tokenizer import PAD
 

@@ -21,7 +21,8 @@ import numpy as np
 from flax import linen as nn
 
 from deconfound_jax.config import Decoder as DecoderConfig
-from deconfound_jax.models.layers import NEVER, Block, Norm, cast, param_dtype, rotary
+from deconfound_jax.models.block import Block
+from deconfound_jax.models.layers import NEVER, Norm, cast, param_dtype, rotary
 from deconfound_jax.models.tokenizer import PAD
 
 COLLECTIONS = ("params", "lora")  # what belongs to a layer, stacked over the layers
