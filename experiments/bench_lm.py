@@ -1,9 +1,9 @@
 """SmolLM2-135M here and in torch: memory and exactness of streamed back-propagation, parity, speed.
 
-    python -m experiments.bench_lm --size full [--record]      # two idle cores, about twenty minutes
+    python -m experiments.bench_lm --size full [--record]      # two idle cores, about fifteen minutes
 
-`parity` and `speed` need weights (`python -m experiments.fetch_weights smollm2`) and the peers (`make peers`); without
-them they are skipped and said so. Both sides run in processes of their own, in turn, on the same weights and the same
+`parity` and `speed` need weights (`python -m experiments.fetch_weights smollm2`) and the peers (`make peers`); what
+lacks them is skipped and said so. Both sides run in processes of their own, in turn, on the same weights and the same
 rows of ids, in fp32; medians of ten steps; no padding on either side. Expected at full size: at 4,096 tokens and 49,152
 ids the temporaries of layer checkpointing are 8 times ours; gradients differ by less than 1e-12 in fp64.
 """
@@ -38,7 +38,8 @@ class BenchLm:
     size: Literal["small", "full"] = "small"
     workdir: str = "runs/bench_lm"
     jobs: tuple[str, ...] = ("memory", "gradients", "parity", "speed")
-    weights: str = ""  # folder, .gguf file or hub's name; empty: what `fetch_weights smollm2` put into the cache
+    # of the llama family: folder, .gguf file or hub's name; empty: what `fetch_weights smollm2` put into the cache
+    weights: str = ""
     seeds: tuple[int, ...] = (0,)
 
     @property

@@ -76,6 +76,7 @@ def dpo_torch(folder: str, rows: dict[str, np.ndarray], steps: int) -> dict[str,
         ratio = log_prob() - reference
         loss = -torch.nn.functional.logsigmoid(BETA * (ratio[:half] - ratio[half:])).mean()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # as TRL and our side do
         optimizer.step()
         optimizer.zero_grad()
 

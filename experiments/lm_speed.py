@@ -46,29 +46,28 @@ GENERATE = "generate.vs_transformers"
 
 def dpo(decoder: Decoder, params: Any, rows: Mapping[str, np.ndarray], steps: int, inside: bool = False):
     """DPO on pairs that share a prompt's row; `inside`: the reference is read in every step, else once before."""
-    packed = pack(rows["prompt"], np.stack([rows["chosen"], rows["rejected"]], 1))
+    batch = rows["prompt"], np.stack([rows["chosen"], rows["rejected"]], 1)
 
-    def log_prob(params):
-        return packed_scores(decoder, params, packed).logprob.sum(-1)
+    def log_prob(params, batch):
+        return packed_scores(decoder, params, pack(*batch)).logprob.sum(-1)
 
     def objective(params, frozen, batch, key):
-        reference_b2 = log_prob(frozen) if inside else frozen
-        ratio_b2 = log_prob(params) - jax.lax.stop_gradient(reference_b2)
+        reference_b2 = log_prob(frozen, batch) if inside else frozen
+        ratio_b2 = log_prob(params, batch) - jax.lax.stop_gradient(reference_b2)
         ones = jnp.ones(len(ratio_b2))
         return dpo_loss(ratio_b2[:, 0], ratio_b2[:, 1], ones, BETA), ones, 0.0, {}
 
-    return _train(objective, params, params if inside else jax.jit(log_prob)(params), steps)
+    return _train(objective, params, params if inside else jax.jit(log_prob)(params, batch), batch, steps)
 
 
 def sft(decoder: Decoder, params: Any, rows: Mapping[str, np.ndarray], steps: int):
     """Maximum likelihood of prompt and chosen text as one row."""
-    tokens_bl = np.concatenate([rows["prompt"], rows["chosen"]], 1)
 
-    def objective(params, frozen, batch, key):
+    def objective(params, frozen, tokens_bl, key):
         logprob_bt = token_scores(decoder, params, tokens_bl).logprob
         return -logprob_bt.mean(-1), jnp.ones(len(logprob_bt)), 0.0, {}
 
-    return _train(objective, params, (), steps)
+    return _train(objective, params, (), np.concatenate([rows["prompt"], rows["chosen"]], 1), steps)
 
 
 def generate(decoder: Decoder, params: Any, rows: Mapping[str, np.ndarray], steps: int, samples: int, new_tokens: int):
@@ -120,20 +119,21 @@ def write_inputs(source: str, workdir: Any, pairs: int, prompt: int, completion:
     """What both sides read: a folder of safetensors with its tokenizer, and rows of random ids without padding.
 
     Args:
-      source: of `models.language_model.load_language_model`.
+      source: of `models.language_model.load_language_model`, a model of the llama family.
       pairs, prompt, completion: rows, and tokens of each part.
     """
     from deconfound_jax.models.export import export_pretrained
     from deconfound_jax.models.language_model import load_language_model
 
     lm, folder = load_language_model(source), workdir / "weights"
-    if not folder.exists():
-        files = workdir / "tokenizer"
-        files.mkdir(exist_ok=True)
-        (files / "tokenizer.json").write_text(lm.tokenizer.model.to_str())
-        (files / "tokenizer_config.json").write_text(json.dumps({"chat_template": lm.tokenizer.chat_template}))
-        named = [files / "tokenizer.json", files / "tokenizer_config.json"]
-        export_pretrained(folder, FAMILY, lm.decoder.config, lm.params, named, {"eos_token_id": lm.tokenizer.eos})
+    if folder.exists():  # of an earlier run, perhaps of other weights
+        folder.rmtree()
+    files = workdir / "tokenizer"
+    files.mkdir(exist_ok=True)
+    (files / "tokenizer.json").write_text(lm.tokenizer.model.to_str())
+    (files / "tokenizer_config.json").write_text(json.dumps({"chat_template": lm.tokenizer.chat_template}))
+    named = [files / "tokenizer.json", files / "tokenizer_config.json"]
+    export_pretrained(folder, FAMILY, lm.decoder.config, lm.params, named, {"eos_token_id": lm.tokenizer.eos})
     rng = np.random.default_rng(0)
     lengths = {"prompt": prompt, "chosen": completion, "rejected": completion}
     rows = {name: rng.integers(3, lm.decoder.vocabulary, (pairs, length)) for name, length in lengths.items()}
@@ -143,14 +143,14 @@ def write_inputs(source: str, workdir: Any, pairs: int, prompt: int, completion:
     return str(folder), str(path)
 
 
-def _train(objective, params, frozen, steps: int) -> dict[str, float]:
+def _train(objective, params, frozen, batch, steps: int) -> dict[str, float]:
     optimizer = adamw(LEARNING_RATE, steps + WARM_STEPS)
     state, step = init_state(params, optimizer), make_step(objective, optimizer)
     key = jax.random.key(0)
 
     def update():
         nonlocal state
-        state, metrics = step(state, frozen, (), key)
+        state, metrics = step(state, frozen, batch, key)
         jax.block_until_ready((state.params, metrics))
 
     return _timed(update, steps)

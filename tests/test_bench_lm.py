@@ -16,7 +16,7 @@ def test_a_small_run_writes_what_it_found(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(bench_lm.SIZES, "small", small)
     monkeypatch.setattr(lm_gradients, "OBJECTIVES", {"sft": lm_gradients.sft})
-    found = run(BenchLm(), tmp_path)
+    found = run(BenchLm(jobs=("memory", "gradients")), tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == found
     assert found["failed"] == [] and 0 < found["gradient.rel_diff.sft"] < 1e-12
     assert found["memory.checkpoint_over_streamed.T256.V1024"] > 1.5

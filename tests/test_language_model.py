@@ -5,6 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from checkpoints import FIXTURES, check_same, load
 
 from deconfound_jax.config import Features
 from deconfound_jax.models import pretrained_tokenizer
@@ -12,7 +13,6 @@ from deconfound_jax.models.encoders import encode_by
 from deconfound_jax.models.language_model import load_language_model
 from deconfound_jax.models.sample import generate
 from deconfound_jax.models.tokenizer import PAD
-from tests.checkpoints import FIXTURES, check_same, load
 
 tokenizers = pytest.importorskip("tokenizers", reason="published tokenizers are read by the tokenizers package")
 WORDS = ["[end]", "[unknown]", *(f"w{i}" for i in range(30))]
@@ -46,7 +46,7 @@ def test_a_folder_opens_as_decoder_parameters_and_tokenizer(folder):
 
 
 def test_a_gguf_file_opens_alone_or_in_its_folder(tmp_path, monkeypatch):
-    gguf_files = pytest.importorskip("tests.gguf_files", reason="the gguf package is not installed")
+    gguf_files = pytest.importorskip("gguf_files", reason="the gguf package is not installed")
     _, params = gguf_files.model_file(tmp_path / "a.gguf", "llama")
     monkeypatch.setattr(pretrained_tokenizer, "gguf_vocabulary", _no_vocabulary)
     for place in (tmp_path, tmp_path / "a.gguf"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from deconfound_jax import config
+from deconfound_jax.align.logprobs import packed_scores
 from deconfound_jax.align.packed import pack
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.tokenizer import PAD
@@ -59,3 +60,16 @@ def test_no_completion_reads_another():
     first, second = (decoder.apply(params, r.tokens_bl, r.positions_bl, r.segments_bl, method="hidden") for r in rows)
     np.testing.assert_array_equal(first[:, 7:10], second[:, 7:10])
     assert not np.allclose(first[:, 4:7], second[:, 4:7])
+
+
+def test_left_padding_rows_wider_than_the_decoder_and_texts_longer_than_it():
+    left = np.array([[5, 6, 7, 8], [PAD, PAD, 9, 4]])
+    for one, other in zip(pack(left, COMPLETION), pack(PROMPT, COMPLETION), strict=True):
+        np.testing.assert_array_equal(one, other)
+    decoder = Decoder(dataclasses.replace(LEARNED, length=7), VOCABULARY)
+    params = decoder.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    assert packed_scores(decoder, params, pack(PROMPT, COMPLETION)).logprob.shape == COMPLETION.shape
+    with pytest.raises(ValueError, match="at most Decoder.length = 7 positions, got 8"):
+        packed_scores(decoder, params, pack(np.concatenate([PROMPT, PROMPT[:, :1]], 1), COMPLETION))
+    with pytest.raises(ValueError, match="expected both or neither"):
+        decoder.apply(params, PROMPT, np.zeros_like(PROMPT))

@@ -148,24 +148,26 @@ def test_a_row_ends_at_a_stop_token_or_where_its_positions_end():
 def test_an_empty_row_and_a_full_one_draw_nothing():
     decoder, params = make()
     rows = np.array([[PAD] * LENGTH, list(range(4, 4 + LENGTH)), [5] + [PAD] * (LENGTH - 1)], np.int32)
-    drawn = generate(decoder, params, jax.random.key(0), rows, 3)
+    drawn = generate(decoder, params, jax.random.key(0), rows, 3, stop=(END,))
     assert drawn.mask.any(-1)[:, 0].tolist() == [False, False, True]
     assert (np.asarray(drawn.logprob)[:2] == 0).all()
 
 
 def test_a_samples_numbers_depend_on_no_other_row_and_on_no_padding():
     decoder, params = make()
-    together = generate(decoder, params, jax.random.key(7), prompts(), 4, samples=3)
-    alone = generate(decoder, params, jax.random.key(7), prompts()[:1, 2:], 4, samples=2)
+    together = generate(decoder, params, jax.random.key(7), prompts(), 4, samples=3, stop=(END,))
+    alone = generate(decoder, params, jax.random.key(7), prompts()[:1, 2:], 4, samples=2, stop=(END,))
     np.testing.assert_array_equal(together.tokens[:1, :2], alone.tokens)
     np.testing.assert_allclose(together.logprob[:1, :2], alone.logprob, atol=1e-5)
-    same = generate(decoder, params, jax.random.key(7), np.repeat(prompts()[2:], 3, 0), 4, samples=3)
+    same = generate(decoder, params, jax.random.key(7), np.repeat(prompts()[2:], 3, 0), 4, samples=3, stop=(END,))
     assert len(np.unique(np.asarray(same.tokens).reshape(9, 4), axis=0)) > 5, "rows share their random numbers"
 
 
 def test_one_compilation_for_every_setting():
     decoder, params = make()
-    one = jax.jit(chex.assert_max_traces(lambda p, k, *knobs: generate(decoder, p, k, prompts(), 3, 2, *knobs), n=1))
+    one = jax.jit(
+        chex.assert_max_traces(lambda p, k, *knobs: generate(decoder, p, k, prompts(), 3, 2, *knobs, stop=(END,)), n=1)
+    )
     greedy = one(params, jax.random.key(0), 0.0, 0, 1.0, 0.0, 1.0).tokens
     np.testing.assert_array_equal(greedy[:, 0], greedy[:, 1])
     for knobs in ((0.0, 5, 0.5, 0.1, 1.0), (1.0, 1, 1.0, 0.0, 1.0), (1.0, 0, 0.0, 0.0, 1.0), (1.0, 0, 1.0, 1.0, 1.0)):
@@ -236,6 +238,6 @@ def test_errors_name_the_field():
     with pytest.raises(ValueError, match=r"prompt: expected shape \(2, at most 4\)"):
         sample(decoder, params, jax.random.key(0), 2, 4, jnp.ones((1, 2), jnp.int32))
     with pytest.raises(ValueError, match=r"new_tokens, samples: expected at least 1 of each, got 0 and 1"):
-        generate(decoder, params, jax.random.key(0), prompts(), 0)
+        generate(decoder, params, jax.random.key(0), prompts(), 0, stop=())
     with pytest.raises(ValueError, match=r"Decoder.length = 8 positions, got 9"):
-        generate(decoder, params, jax.random.key(0), jnp.ones((1, LENGTH + 1), jnp.int32), 1)
+        generate(decoder, params, jax.random.key(0), jnp.ones((1, LENGTH + 1), jnp.int32), 1, stop=())

@@ -4,9 +4,9 @@
     scores = packed_scores(decoder, params, pack(prompt_bp, completion_bgc))     # completions only
     logprob_b = sequence_logprob(decoder, params, tokens_bl)
 
-Logits of all tokens and ids never exist together. They are made for a block of ids at a time, for all tokens, and
-summed up as they come; the backward pass makes them anew, block by block, from the normalisers it kept. So the memory
-is that of one block, and the gradient of the output table is written once, block after block, in place.
+Unless they are few, logits of all tokens and ids never exist together. They are made for a block of ids at a time, for
+all tokens, and summed up as they come; the backward pass makes them anew, block by block, from the normalisers it kept.
+So the memory is that of one block, and the gradient of the output table is written once, block after block, in place.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ def token_scores(decoder: Decoder, params: Any, tokens_bl, reference: Any = None
 def packed_scores(decoder: Decoder, params: Any, packed: Packed, reference: Any = None) -> Scores:
     """Scores (b, g, c) of the tokens of completions, see `packed.pack`; logits are made for no other token."""
     b, g, c = packed.targets_bgc.shape
+    longest = packed.tokens_bl.shape[1] - (g - 1) * c  # a prompt and one completion
+    if longest > decoder.config.length:
+        raise ValueError(f"packed: expected at most Decoder.length = {decoder.config.length} positions, got {longest}")
     source_bn1 = packed.sources_bgc.reshape(b, g * c, 1)
 
     def states(params):
@@ -122,7 +125,8 @@ def check_targets(tokens_bl) -> None:
 
     For arrays on the host, before training; rows that only fill up a batch need weight 0, not this check.
     """
-    empty = np.flatnonzero(~(np.asarray(tokens_bl)[:, 1:] != PAD).any(axis=1))
+    there_bl = np.asarray(tokens_bl) != PAD
+    empty = np.flatnonzero(~(there_bl[:, 1:] & there_bl[:, :-1]).any(axis=1))
     if empty.size:
         raise ValueError(f"tokens: expected a token after BEGIN in every text, rows {empty[:5].tolist()} have none "
                          f"({empty.size} of {len(tokens_bl)})")  # fmt: skip

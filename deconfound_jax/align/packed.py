@@ -35,11 +35,12 @@ def pack(prompt_bp, completion_bgc) -> Packed:
     """Lays b prompts and their completions out in rows.
 
     Args:
-      prompt_bp: int tokens, at least one each (BEGIN, where there is no prompt), PAD to the right.
+      prompt_bp: int tokens, at least one each (BEGIN, where there is no prompt), PAD left or right.
       completion_bgc: int tokens, PAD to the right; a completion of PAD only adds nothing.
     """
     chex.assert_rank([prompt_bp, completion_bgc], [2, 3])
     chex.assert_equal_shape_prefix([prompt_bp, completion_bgc], 1)
+    prompt_bp = jnp.take_along_axis(prompt_bp, jnp.argsort(prompt_bp == PAD, axis=1, stable=True), 1)
     b, g, c = completion_bgc.shape
     p = prompt_bp.shape[1]
     length_b1 = (prompt_bp != PAD).sum(1, keepdims=True)

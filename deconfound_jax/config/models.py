@@ -39,7 +39,7 @@ class Decoder:
     logit_cap: float = 0.0
     query_scale: float = 0.0  # 0: 1 / sqrt(head_width)
     embedding_scale: float = 1.0  # Gemma: sqrt(width)
-    forbidden: tuple[int, ...] = (0, 1)  # ids of probability zero: own vocabularies' PAD and BEGIN
+    forbidden: tuple[int, ...] = (0, 1)  # ids of probability zero: of own vocabularies 0, which no token has, and BEGIN
     # layer: only the layers' inputs are kept for the backward pass; dots: matrix products too
     remat: Literal["none", "layer", "dots"] = "none"
     chunk: int = 0  # queries of a recomputed chunk, with remat=layer: activations of one chunk at a time; 0: all

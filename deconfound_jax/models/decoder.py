@@ -34,8 +34,8 @@ class Decoder(nn.Module):
 
         p(token_t | tokens before t) = softmax(E norm(h_{t-1})),   0 for `config.forbidden`
 
-    In own vocabularies the forbidden ids are PAD's and BEGIN's, so what is sampled is a text and log-probabilities
-    of texts sum to one.
+    In own vocabularies the forbidden ids are 0, which no token has, and BEGIN's, so what is sampled is a text and
+    log-probabilities of texts sum to one.
 
     Sources: Radford et al. 2019 (GPT-2); Touvron et al. 2302.13971 (Llama); Yang et al. 2412.15115 and 2505.09388
     (Qwen); Gemma Team 2408.00118 and 2503.19786.
@@ -70,6 +70,8 @@ class Decoder(nn.Module):
     def hidden(self, tokens_bl, positions_bl=None, segments_bl=None):
         """Normed last states (b, l, d): `predict` makes them logits, a few positions at a time where memory counts."""
         chex.assert_rank(tokens_bl, 2)
+        if (positions_bl is None) != (segments_bl is None):
+            raise ValueError("positions_bl, segments_bl: expected both or neither, got one of them")
         if segments_bl is not None:
             return self.read(self.embed(tokens_bl, positions_bl), positions_bl, segments_bl)
         # Texts at the left edge: then a token sees no PAD, and no mask but the causal one is needed.
@@ -78,9 +80,12 @@ class Decoder(nn.Module):
         return jnp.take_along_axis(hidden_bld, jnp.argsort(order_bl, axis=1)[..., None], 1)
 
     def embed(self, tokens_bl, positions_bl=None):
-        """Token plus learned position, in the parameters' precision; positions are 0, 1, ... unless given."""
+        """Token plus learned position, in the parameters' precision; positions are 0, 1, ... unless given.
+
+        Positions that are given stay below `Decoder.length`, the caller's to see to: rows may be wider.
+        """
         c, length = self.config, tokens_bl.shape[1]
-        if length > c.length:
+        if positions_bl is None and length > c.length:
             raise ValueError(f"tokens: expected at most Decoder.length = {c.length} positions, got {length}")
         x_bld = self.embed_tokens(jnp.maximum(tokens_bl, 0)) * jnp.asarray(c.embedding_scale, cast(c))
         if c.positions == "learned":
@@ -151,7 +156,9 @@ def check(c: DecoderConfig) -> DecoderConfig:
         raise ValueError(f"Decoder.heads: expected a divisor of width {c.width}, got {c.heads}")
     if c.kv_heads and c.heads % c.kv_heads:
         raise ValueError(f"Decoder.kv_heads: expected a divisor of heads {c.heads}, got {c.kv_heads}")
-    if c.chunk and c.remat != "layer":
+    if c.attention == "cudnn" and (c.attention_cap or c.dtype != "bfloat16"):
+        raise ValueError("Decoder.attention: expected xla or auto with an attention_cap or without bfloat16, got cudnn")
+    if c.chunk < 0 or (c.chunk and c.remat != "layer"):
         raise ValueError(f"Decoder.chunk: expected remat='layer' beside it, got {c.remat!r}: nothing would be saved")
     if len(c.rotary_scaling) not in (0, 1, 4):
         raise ValueError(f"Decoder.rotary_scaling: expected 0, 1 or 4 numbers, got {c.rotary_scaling}")

@@ -89,9 +89,12 @@ def encode_texts(
 
     Args:
       pooling: of `features.pool`.
-      max_tokens: longer texts are cut.
+      max_tokens: longer texts are cut; the end mark counts, and is read.
       on_batch: hears (done, total), in distinct texts.
     """
+    if not texts:
+        raise ValueError("encode_texts: expected at least one text, got none")
+    max_tokens = min(max_tokens, lm.decoder.config.length)
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     tokens_ul = lm.tokenizer.encode(list(place), max_tokens)
     lengths = [*(length for length in _LENGTHS if length < max_tokens), max_tokens]

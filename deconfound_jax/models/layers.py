@@ -149,16 +149,17 @@ def causal_mask(c: DecoderConfig, start, size: int, seen: int, segments, local):
     return mask[:, None]
 
 
-def flash(c: DecoderConfig) -> bool:
-    """Whether attention runs in a kernel that holds no scores."""
-    return c.attention == "cudnn" or (
-        c.attention == "auto" and jax.default_backend() == "gpu" and c.dtype == "bfloat16"
-    )
+def flash(c: DecoderConfig, masked: bool = False) -> bool:
+    """Whether attention runs in a kernel that holds no scores; "auto" keeps to what every cuDNN since Ampere takes."""
+    if c.attention != "auto":
+        return c.attention == "cudnn"
+    fits = head_width(c) % 8 == 0 and head_width(c) <= 128 and c.dtype == "bfloat16" and not c.attention_cap
+    return fits and not masked and jax.default_backend() == "gpu"
 
 
 def whole_rows(c: DecoderConfig, segments) -> bool:
     """Whether a streamed block reads attention in one piece: where a kernel holds no scores and needs no mask."""
-    return flash(c) and not c.window and not c.attention_cap and segments is None
+    return flash(c) and not c.window and segments is None
 
 
 def attention(c: DecoderConfig, query_bqhe, key_bkhe, value_bkhe, mask):
@@ -171,7 +172,7 @@ def attention(c: DecoderConfig, query_bqhe, key_bkhe, value_bkhe, mask):
     if not c.attention_cap and c.dtype != "float64":  # jax.nn's softmax is float32 whatever comes in
         return jax.nn.dot_product_attention(
             query_bqhe, key_bkhe, value_bkhe, mask=mask, scale=scale, is_causal=mask is None,
-            implementation="cudnn" if flash(c) else "xla",
+            implementation="cudnn" if flash(c, mask is not None) else "xla",
         )  # fmt: skip
     grouped_bqhge = rearrange(query_bqhe, "b q (h g) e -> b q h g e", h=key_bkhe.shape[2])
     score = scale * jnp.einsum("bqhge,bkhe->bhgqk", grouped_bqhge, key_bkhe, preferred_element_type=param_dtype(c))

@@ -49,9 +49,11 @@ def init_lora(key, params: Any, pattern: str = "_proj$", rank: int = 8, alpha: f
     found = {}
     for path, row_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
         *layers, fan_in, out = kernels[path].shape
-        noise = jax.random.normal(row_key, (*layers, fan_in, rank), kernels[path].dtype)
+        # At least float32: an optimizer's steps of 1e-4 vanish in bfloat16.
+        stored = jnp.promote_types(kernels[path].dtype, jnp.float32)
+        noise = jax.random.normal(row_key, (*layers, fan_in, rank), stored)
         found[*path, "a"] = noise * (alpha / rank / fan_in**0.5)
-        found[*path, "b"] = jnp.zeros((*layers, rank, out), kernels[path].dtype)
+        found[*path, "b"] = jnp.zeros((*layers, rank, out), stored)
     return unflatten_dict(found)
 
 

@@ -10,10 +10,13 @@ from etils import epath
 
 
 def save_params(path: epath.PathLike, params: Any) -> None:
-    """Writes a nested dict of arrays."""
+    """Writes a nested dict of arrays; ValueError for a type that NumPy's format does not know, bfloat16."""
     flat = {
         "/".join(str(k.key) for k in path): np.asarray(v) for path, v in jax.tree_util.tree_flatten_with_path(params)[0]
     }
+    for name, value in flat.items():
+        if value.dtype.kind == "V":
+            raise ValueError(f"{name}: expected a type of NumPy's, got {value.dtype}; `export_pretrained` writes these")
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:

@@ -43,7 +43,8 @@ def generate(
     top_p=1.0,
     min_p=0.0,
     repetition_penalty=1.0,
-    stop: Sequence[int] = (END,),
+    *,
+    stop: Sequence[int],
 ) -> Generated:
     """Continues prompts, until a stop token, `new_tokens`, or `Decoder.length` positions.
 
@@ -57,7 +58,7 @@ def generate(
       temperature, top_k, top_p, min_p, repetition_penalty: scalars, may be traced, see `filters.filter_logits`;
         temperature 0 is greedy. The penalty counts the prompt's tokens too.
 
-        texts = generate(decoder, params, key, prompt_bl, new_tokens=64, samples=4, top_p=0.9).tokens
+        texts = generate(decoder, params, key, prompt_bl, 64, samples=4, top_p=0.9, stop=lm.tokenizer.stop).tokens
     """
     knobs = (temperature, top_k, top_p, min_p, repetition_penalty)
     done_b = jnp.zeros(len(prompt_bl), bool)

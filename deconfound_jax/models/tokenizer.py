@@ -63,7 +63,7 @@ def closed(words: Sequence[str]) -> Tokenizer:
 
     Raises ValueError naming words that repeat, hold white space or are a special token's name.
 
-        closed(["sea", "ship"]).encode(["ship sea"], length=5)  # [[1, 5, 4, 2, 0]]
+        closed(["sea", "ship"]).encode(["ship sea"], length=5)  # [[1, 5, 4, 2, -1]]
     """
     words = list(words)
     names = [*SPECIAL, *words]
