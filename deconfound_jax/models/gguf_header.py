@@ -7,6 +7,7 @@ Format: ggml-org/ggml, docs/gguf.md.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,29 @@ class Header(NamedTuple):
             raise ValueError(f"{self.path}: {key}: expected it in the metadata, found none")
         return found
 
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """`get` of a whole number; ValueError for anything else, lists of one per layer too, and below `least`."""
+        found = self.get(key, default)
+        if type(found) is not int or found < least:
+            raise self.wrong(key, f"one integer, {least} or more", found)
+        return found
+
+    def decimal(self, key: str, default: float | None = None, zero: bool = False) -> float:
+        """`get` of a number above zero, or from zero on; the shortest decimal of a float32: 1e-05, not 9.99999974e-06.
+
+        ValueError for anything else.
+        """
+        found = self.get(key, default)
+        fits = isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found)
+        if not (fits and (found >= 0 if zero else found > 0)):
+            raise self.wrong(key, "a number, zero or more" if zero else "a number above zero", found)
+        return float(str(np.float32(found)))
+
+    def wrong(self, key: str, expected: str, found: Any) -> ValueError:
+        """The error that names file and key."""
+        key = key.replace("*", str(self.metadata.get("general.architecture")))
+        return ValueError(f"{self.path}: {key}: expected {expected}, found {found!r}")
+
 
 def read_header(path: str | os.PathLike) -> Header:
     """Metadata and the list of tensors. Raises FileNotFoundError, or ValueError that says where the file is wrong."""
@@ -57,13 +81,16 @@ def read_header(path: str | os.PathLike) -> Header:
     listed = {}
     for _ in range(n_tensors):
         name, dimensions = cursor.string(), cursor.number("u4")
+        if not 1 <= dimensions <= 4:
+            raise ValueError(f"{path}: {name}: expected 1 to 4 dimensions, found {dimensions}")
         shape = tuple(reversed(cursor.numbers("u8", dimensions)))
         listed[name] = Tensor(shape, cursor.number("u4"), cursor.number("u8"))
-    if (parts := metadata.get("split.count", 1)) > 1:
+    header = Header(path, metadata, listed)
+    if (parts := header.integer("split.count", 1, least=0)) > 1:
         raise ValueError(f"{path}: split.count: expected one file, found part of {parts}; llama-gguf-split joins them")
-    alignment = metadata.get("general.alignment", 32)
+    alignment = header.integer("general.alignment", 32)
     data = -(-cursor.at // alignment) * alignment
-    return Header(path, metadata, {name: t._replace(start=data + t.start) for name, t in listed.items()})
+    return header._replace(tensors={name: t._replace(start=data + t.start) for name, t in listed.items()})
 
 
 class _Cursor:
@@ -100,6 +127,8 @@ class _Cursor:
             return self.string()
         if kind == _ARRAY:
             kind, count = self.number("u4"), self.number("u8")
+            if kind == _ARRAY:
+                raise ValueError(f"{self.path}: header: expected numbers or texts in an array, found arrays")
             if kind in _NUMBERS:
                 return self.numbers(_NUMBERS[kind], count)
             return [self.value(kind) for _ in range(count)]

