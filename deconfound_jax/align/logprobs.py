@@ -21,7 +21,7 @@ import numpy as np
 
 from deconfound_jax.align.packed import Packed
 from deconfound_jax.config import Decoder as DecoderConfig
-from deconfound_jax.models.decoder import Decoder, bounded, output_table
+from deconfound_jax.models.decoder import Decoder, bounded, output_table, read_table
 from deconfound_jax.models.layers import NEVER, cast, param_dtype
 from deconfound_jax.models.tokenizer import PAD
 
@@ -139,14 +139,14 @@ def _score_states(decoder, params, states, target, reference):
 
 def _kept(c: DecoderConfig, hidden_nd, table, target_n, other):
     """The scores (n,) from logits of all ids."""
-    z_nv = bounded(c, _product(c, hidden_nd, table.astype(cast(c))))
+    z_nv = bounded(c, read_table(c, hidden_nd, table))
     # The normaliser is subtracted after the pick: where that is all, no second (n, v) array is held.
     norm_n1 = jax.nn.logsumexp(z_nv, axis=-1, keepdims=True)
     picked_n = jnp.take_along_axis(z_nv, jnp.maximum(target_n, 0)[:, None], axis=-1)[:, 0]
     log_nv = z_nv - norm_n1
     p_nv, kl_n = jnp.exp(log_nv), None
     if other is not None:
-        second_nv = jax.nn.log_softmax(bounded(c, _product(c, other[0], other[1].astype(cast(c)))))
+        second_nv = jax.nn.log_softmax(bounded(c, read_table(c, other[0], other[1])))
         kl_n = (p_nv * (log_nv - second_nv)).sum(-1)
     return picked_n - norm_n1[:, 0], -(p_nv * log_nv).sum(-1), kl_n
 
@@ -182,11 +182,12 @@ def _forward(c, block, hidden_nd, table, target_n, other):
     def add(carry, i):
         own, second, picked_n = carry
         ids_1v, fresh_1v = _ids(c, table, block, i)
-        z_nv = jnp.where(fresh_1v, bounded(c, _product(c, hidden_nd, _piece(c, table, block, i)), ids_1v[0, 0]), NEVER)
+        z_nv = read_table(c, hidden_nd, _piece(c, table, block, i))
+        z_nv = jnp.where(fresh_1v, bounded(c, z_nv, ids_1v[0, 0]), NEVER)
         picked_n += jnp.where(ids_1v == target_n[:, None], z_nv, 0.0).sum(-1, where=fresh_1v)
         if other is None:
             return (own.add(z_nv, (z_nv,)), None, picked_n), None
-        second_nv = _product(c, other[0], _piece(c, other[1], block, i))
+        second_nv = read_table(c, other[0], _piece(c, other[1], block, i))
         second_nv = jnp.where(fresh_1v, bounded(c, second_nv, ids_1v[0, 0]), NEVER)
         return (own.add(z_nv, (z_nv, second_nv)), second.add(second_nv), picked_n), None
 
@@ -210,11 +211,11 @@ def _backward(c, block, kept, cotangents):
         dhidden_nd, dtable = carry
         ids_1v, fresh_1v = _ids(c, table, block, i)
         piece = _piece(c, table, block, i)
-        z_nv, pull = jax.vjp(lambda raw_nv: bounded(c, raw_nv, ids_1v[0, 0]), _product(c, hidden_nd, piece))
+        z_nv, pull = jax.vjp(lambda raw_nv: bounded(c, raw_nv, ids_1v[0, 0]), read_table(c, hidden_nd, piece))
         log_nv = z_nv - norm_n[:, None]
         slope_nv = logprob_n1 + entropy_n1 * (log_nv + entropy_n[:, None])
         if other is not None:
-            second_nv = bounded(c, _product(c, other[0], _piece(c, other[1], block, i)), ids_1v[0, 0])
+            second_nv = bounded(c, read_table(c, other[0], _piece(c, other[1], block, i)), ids_1v[0, 0])
             slope_nv -= kl_n1 * (log_nv - (second_nv - second_n[:, None]) - kl_n[:, None])
         dz_nv = jnp.where(ids_1v == target_n[:, None], logprob_n1, 0.0) - jnp.exp(log_nv) * slope_nv
         (draw_nv,) = pull(jnp.where(fresh_1v, dz_nv, 0.0))
@@ -252,8 +253,3 @@ def _ids(c, table, block, i):
 def _piece(c, table, block, i):
     axis, first = _place(c, table, block, i)
     return jax.lax.dynamic_slice_in_dim(table, first, block, axis).astype(cast(c))
-
-
-def _product(c, hidden_nd, piece):
-    pattern = "nd,vd->nv" if c.tied else "nd,dv->nv"
-    return jnp.einsum(pattern, hidden_nd.astype(cast(c)), piece, preferred_element_type=param_dtype(c))

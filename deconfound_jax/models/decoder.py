@@ -105,17 +105,18 @@ class Decoder(nn.Module):
     def predict(self, hidden_bld):
         """Normed states (..., d) -> logits (..., v), float32 at least."""
         c = self.config
-        table = self.embed_tokens.embedding if c.tied else self.lm_head
-        pattern = "...d,vd->...v" if c.tied else "...d,dv->...v"
-        logits = jnp.einsum(
-            pattern, hidden_bld.astype(cast(c)), table.astype(cast(c)), preferred_element_type=param_dtype(c)
-        )
-        return bounded(c, logits)
+        return bounded(c, read_table(c, hidden_bld, self.embed_tokens.embedding if c.tied else self.lm_head))
 
 
 def output_table(c: DecoderConfig, params: Any):
     """What makes states logits: the embedding (v, d) where it is tied, else `lm_head` (d, v)."""
     return params["params"]["embed_tokens"]["embedding"] if c.tied else params["params"]["lm_head"]
+
+
+def read_table(c: DecoderConfig, hidden, table):
+    """States (..., d) times `output_table`, or the part of it that holds some ids: logits as yet unbounded."""
+    pattern = "...d,vd->...v" if c.tied else "...d,dv->...v"
+    return jnp.einsum(pattern, hidden.astype(cast(c)), table.astype(cast(c)), preferred_element_type=param_dtype(c))
 
 
 def bounded(c: DecoderConfig, logits, first=0):
@@ -163,6 +164,13 @@ def check(c: DecoderConfig) -> DecoderConfig:
     if len(c.rotary_scaling) not in (0, 1, 4):
         raise ValueError(f"Decoder.rotary_scaling: expected 0, 1 or 4 numbers, got {c.rotary_scaling}")
     return c
+
+
+def param_shapes(config: DecoderConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Path below "params" -> shape and dtype of every leaf, in the tree's order."""
+    decoder = Decoder(config, config.vocabulary)
+    tree = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def count_parameters(params: Any) -> int:

@@ -20,8 +20,9 @@ from etils import epath
 
 from deconfound_jax.config import Decoder as DecoderConfig
 from deconfound_jax.models.config_json import write_config
+from deconfound_jax.models.decoder import param_shapes
 from deconfound_jax.models.families import FAMILIES, SCORE, place
-from deconfound_jax.models.pretrained import SINGLE, param_shapes, tensor_shapes
+from deconfound_jax.models.pretrained import SINGLE, tensor_shapes
 from deconfound_jax.models.weights import write_safetensors
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -15,12 +15,12 @@ import math
 import os
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from deconfound_jax.config import Decoder as DecoderConfig
-from deconfound_jax.models.decoder import Decoder, check
+from deconfound_jax.models.decoder import check, param_shapes
 from deconfound_jax.models.gguf_header import Header, read_header
 from deconfound_jax.models.layers import head_width
 from deconfound_jax.models.weights import Precision, check_precision
@@ -102,16 +102,17 @@ def load_gguf(path: str | os.PathLike, dtype: Precision = "float32") -> tuple[De
         check(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    init = Decoder(config, config.vocabulary).init
-    shapes, tree = jax.tree.flatten_with_path(jax.eval_shape(init, jax.random.key(0), np.zeros((1, 1), np.int32)))
-    leaves = [(tuple(key.key for key in keys)[1:], leaf.shape) for keys, leaf in shapes]
-    expected = {name for keys, _ in leaves for name in _names(header, config, keys)} | {_ROPE_FACTORS}
+    shapes = {keys: leaf.shape for keys, leaf in param_shapes(config).items()}
+    expected = {name for keys in shapes for name in _names(header, config, keys)} | {_ROPE_FACTORS}
     if unknown := sorted(set(header.tensors) - expected):
         raise ValueError(f"{path}: expected no tensor but the architecture's, found {unknown[:5]}")
-    for keys, shape in leaves:
+    for keys, shape in shapes.items():
         _parts(header, config, keys, shape)
-    arrays = [jnp.asarray(_leaf(header, config, keys, np.empty(shape, jnp.dtype(dtype)))) for keys, shape in leaves]
-    return config, jax.tree.unflatten(tree, arrays)
+    leaves = {
+        keys: jnp.asarray(_leaf(header, config, keys, np.empty(shape, jnp.dtype(dtype))))
+        for keys, shape in shapes.items()
+    }
+    return config, {"params": unflatten_dict(leaves)}
 
 
 def _names(header: Header, config: DecoderConfig, keys: tuple[str, ...]) -> list[str]:

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import unflatten_dict
 
 from deconfound_jax.config import Decoder as DecoderConfig
 from deconfound_jax.models.config_json import read_config
-from deconfound_jax.models.decoder import Decoder
+from deconfound_jax.models.decoder import param_shapes
 from deconfound_jax.models.families import SCORE, Place, canonical_name, place
 from deconfound_jax.models.weights import FLOATS, Precision, Stored, check_precision, read_header, read_tensor
 
@@ -74,13 +75,6 @@ def load_reward_model(
     return config, params, jnp.asarray(extra[SCORE][0])
 
 
-def param_shapes(config: DecoderConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Path below "params" -> shape and dtype of every leaf, in the tree's order."""
-    decoder = Decoder(config, config.vocabulary)
-    tree = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
 def tensor_shapes(
     family: str, shapes: Mapping[tuple[str, ...], jax.ShapeDtypeStruct | np.ndarray]
 ) -> dict[str, tuple[int, ...]]:
@@ -107,13 +101,11 @@ def _load(folder, family: str, config: DecoderConfig, dtype: str, extra: Mapping
     _check(folder, family, expected | ({_HEAD: expected[embedding]} if repeated else {}), found)
     if repeated:
         _check_tied(found[_HEAD], found[embedding])
-    tree: dict[str, Any] = {}
-    for path, leaf in shapes.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = jnp.asarray(_leaf(place(family, path), path[0] == "layers", leaf.shape, found, dtype))
-    return {"params": tree}, {name: read_tensor(found[name]).astype(dtype) for name in extra}
+    leaves = {
+        path: jnp.asarray(_leaf(place(family, path), path[0] == "layers", leaf.shape, found, dtype))
+        for path, leaf in shapes.items()
+    }
+    return {"params": unflatten_dict(leaves)}, {name: read_tensor(found[name]).astype(dtype) for name in extra}
 
 
 def _leaf(where: Place, stacked: bool, shape: tuple[int, ...], found: Mapping[str, Stored], dtype: str) -> np.ndarray:
