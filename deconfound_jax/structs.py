@@ -119,14 +119,36 @@ def fingerprint(columns: Mapping[str, np.ndarray]) -> str:
 
 
 class Pairs(NamedTuple):
-    """Preferences inside groups of texts: pair p of group b compares texts i < j.
+    """Preferences inside groups: b groups of g texts that share a forward pass, p = g (g - 1) / 2 pairs each."""
 
-    label_bp = P(text i is better than text j), weight_bp >= 0 (0 masks the pair).
-    """
+    tokens_bgl: Any  # whole texts, or what follows the group's prompt
+    reference_bg: Any  # log-probability under the frozen reference, nats a text
+    label_bp: Any  # P(text i is better than text j), i < j in the order of `align.groups.pair_index`
+    weight_bp: Any  # a pair counts so often; 0 masks it
+    prompt_bq: Any = None  # tokens before every text of a group; None: texts are whole, BEGIN first
+
+
+class Scored(NamedTuple):
+    """Single texts with the posterior of their reward."""
+
+    tokens_bl: Any
+    reference_b: Any  # log-probability under the frozen reference, nats a text
+    reward_b: Any  # posterior mean, or one joint draw
+    sd_b: Any  # posterior standard deviation, 0 where it is not known
+    label_b: Any  # desirability, P(reward above the log's median)
+    weight_b: Any  # 0 masks a text
+    prompt_bq: Any = None
+
+
+class Rollouts(NamedTuple):
+    """g texts sampled by the policy for each of b prompts, with one reward each."""
 
     tokens_bgl: Any
-    label_bp: Any
-    weight_bp: Any
+    old_bgl: Any  # log-probability of each scored token under the policy that drew it, nats; 0 where there is none
+    reference_bgl: Any  # the same under the frozen reference
+    reward_bg: Any
+    weight_bg: Any
+    prompt_bq: Any = None
 
 
 def dump_json(data: Mapping[str, Any]) -> str:

@@ -7,21 +7,11 @@ inside `Roles.pair_within` (the article, the prompt) or, without it, across rows
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from deconfound_jax.causal.reward import precision_weight, prefer
-
-
-class GroupBatch(NamedTuple):
-    """What a preference step eats: b groups of g texts, p = g (g - 1) / 2 pairs each."""
-
-    tokens_bgl: Any
-    reference_bg: Any  # log-probability under the frozen reference, nats
-    label_bp: Any  # P(first better than second)
-    weight_bp: Any  # 0 masks a pair
 
 
 def pair_index(group_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deconfound_jax.align.groups import GroupBatch, pair_index
+from deconfound_jax.align.groups import pair_index
 from deconfound_jax.align.preference import dpo_objective
 from deconfound_jax.align.update import update_policy
 from deconfound_jax.causal import conditional
@@ -29,6 +29,7 @@ from deconfound_jax.causal.scalars import constrain, log_prior, start
 from deconfound_jax.causal.spec import Rows, Spec
 from deconfound_jax.config import Joint
 from deconfound_jax.models.decoder import Decoder
+from deconfound_jax.structs import Pairs
 
 
 class CausalState(NamedTuple):
@@ -88,7 +89,7 @@ def posterior_draws(spec: Spec, state: CausalState, draws: int, key: jax.Array) 
     return sites | {name: jnp.full(draws, value) for name, value in psi.items()}
 
 
-def label_groups(batch: JointBatch, coefficients_sd, weighting: str) -> GroupBatch:
+def label_groups(batch: JointBatch, coefficients_sd, weighting: str) -> Pairs:
     """Soft label and weight of every pair from draws of the text's coefficients.
 
     tau is the sd of the mean reward over the batch's texts, in the draws' own units.
@@ -101,7 +102,7 @@ def label_groups(batch: JointBatch, coefficients_sd, weighting: str) -> GroupBat
     a, b = reward_sbg[:, :, first], reward_sbg[:, :, second]
     weight = precision_weight(a, b, tau) if weighting == "precision" else jnp.ones(a.shape[1:])
     weight = weight * batch.present_bg[:, first] * batch.present_bg[:, second]
-    return GroupBatch(batch.tokens_bgl, batch.reference_bg, prefer(a, b, tau), weight)
+    return Pairs(batch.tokens_bgl, batch.reference_bg, prefer(a, b, tau), weight)
 
 
 def joint_step(decoder: Decoder, spec: Spec, config: Joint, optimizer: optax.GradientTransformation, weighting: str):

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from einops import rearrange
 
-from deconfound_jax.align.groups import GroupBatch, pair_index
+from deconfound_jax.align.groups import pair_index
 from deconfound_jax.align.logprobs import sequence_logprob
 from deconfound_jax.align.losses.dpo import dpo
 from deconfound_jax.models.decoder import Decoder
+from deconfound_jax.structs import Pairs
 
 
 def dpo_objective(decoder: Decoder) -> Callable:
@@ -19,10 +20,10 @@ def dpo_objective(decoder: Decoder) -> Callable:
         h_i = log pi(x_i) - log pi_ref(x_i)
         l_ij = -[s_ij log sigmoid(beta (h_i - h_j)) + (1 - s_ij) log sigmoid(-beta (h_i - h_j))]
 
-    `frozen` is {"beta": scalar}; `batch` a `GroupBatch`. Source: Rafailov et al. 2305.18290.
+    `frozen` is {"beta": scalar}; `batch` a `Pairs`. Source: Rafailov et al. 2305.18290.
     """
 
-    def objective(params, frozen, batch: GroupBatch, key):
+    def objective(params, frozen, batch: Pairs, key):
         b, g, _ = batch.tokens_bgl.shape
         logprob = sequence_logprob(decoder, params, rearrange(batch.tokens_bgl, "b g l -> (b g) l"))
         ratio_bg = rearrange(logprob, "(b g) -> b g", b=b, g=g) - batch.reference_bg

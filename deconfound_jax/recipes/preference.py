@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deconfound_jax.align.groups import GroupBatch, epochs, form_groups, pair_index, pair_labels
+from deconfound_jax.align.groups import epochs, form_groups, pair_index, pair_labels
 from deconfound_jax.align.joint import JointBatch, init_causal, joint_step
 from deconfound_jax.align.preference import dpo_objective
 from deconfound_jax.causal.families import FAMILIES
@@ -20,6 +20,7 @@ from deconfound_jax.config import Dpo, Joint
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.recipes.reference import text_logprobs
 from deconfound_jax.recipes.stage import Record, Stage
+from deconfound_jax.structs import Pairs
 from deconfound_jax.train.loop import run_stage
 from deconfound_jax.train.step import adamw, init_state, jit_step, make_step
 
@@ -63,10 +64,10 @@ def align(decoder: Decoder, stage: Stage, reference: Any, tokens_nl: np.ndarray,
     reference_n = text_logprobs(decoder, reference, tokens_nl)
     order = epochs(len(groups_mg), config.groups, seed)
 
-    def batch(i: int) -> GroupBatch:
+    def batch(i: int) -> Pairs:
         pick = order(i)
         rows = groups_mg[pick]
-        return GroupBatch(tokens_nl[rows], reference_n[rows], label_mp[pick], weight_mp[pick].astype(np.float32))
+        return Pairs(tokens_nl[rows], reference_n[rows], label_mp[pick], weight_mp[pick].astype(np.float32))
 
     state = init_state(reference, stage.optimizer)
     return _run(stage, state, config, batch, seed, record, evaluators).params
