@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deconfound_jax.align.packed import Packed
+from deconfound_jax.align.packed import Packed, pack
 from deconfound_jax.config import Decoder as DecoderConfig
 from deconfound_jax.models.decoder import Decoder, bounded, output_table, read_table
 from deconfound_jax.models.layers import NEVER, cast, param_dtype
@@ -70,6 +70,29 @@ def packed_scores(decoder: Decoder, params: Any, packed: Packed, reference: Any 
 
     scores = _score_states(decoder, params, states, packed.targets_bgc.reshape(b, g * c), reference)
     return jax.tree.map(lambda a: a.reshape(b, g, c), scores)
+
+
+def group_scores(decoder: Decoder, params: Any, tokens_bgl, prompt_bq=None) -> Scores:
+    """Scores (b, g, t) of groups of texts as `structs` holds them.
+
+    Args:
+      tokens_bgl: int, whole texts (BEGIN first, not scored: t = l - 1), or what follows the prompt (t = l).
+      prompt_bq: int, one for all texts of a group, see `packed.pack`; None: texts are whole.
+
+        logratio_bg = group_scores(decoder, params, pairs.tokens_bgl).logprob.sum(-1) - pairs.reference_bg
+    """
+    chex.assert_rank(tokens_bgl, 3)
+    if prompt_bq is not None:
+        return packed_scores(decoder, params, pack(prompt_bq, tokens_bgl))
+    b, g, length = tokens_bgl.shape
+    scores = token_scores(decoder, params, tokens_bgl.reshape(b * g, length))
+    return jax.tree.map(lambda a: a.reshape(b, g, length - 1), scores)
+
+
+def group_mask(tokens_bgl, prompt_bq=None):
+    """Which tokens `group_scores` scores, (b, g, t) bool."""
+    there_bgl = tokens_bgl != PAD
+    return there_bgl if prompt_bq is not None else there_bgl[..., 1:] & there_bgl[..., :-1]
 
 
 def sequence_logprob(decoder: Decoder, params: Any, tokens_bl):
