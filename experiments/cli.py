@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from deconfound_jax.config import Run
+from deconfound_jax.train.preemption import Preempted
 from experiments import rundir
 from experiments.presets import PRESETS
 
@@ -69,8 +70,18 @@ def tables_and_bars(
 
 
 @contextlib.contextmanager
+def preemptible() -> Iterator[None]:
+    """A script that SIGTERM stopped while it trained says so and exits with 0: its state is saved."""
+    try:
+        yield
+    except Preempted as stopped:
+        print(f"{stopped}; resume with the same command")
+        raise SystemExit(0) from None
+
+
+@contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int, int, Mapping[str, Any]], None]]:
-    """A progress bar a stage with time left; yields the `on_step` of `train.loop.run_stage`."""
+    """A progress bar a stage with time left; yields the `on_step` of `train.loop.run_stage`. See also `preemptible`."""
     import rich.progress as bars
 
     columns = (
@@ -78,16 +89,21 @@ def progress() -> Iterator[Callable[[str, int, int, Mapping[str, Any]], None]]:
         bars.TimeElapsedColumn(), bars.TextColumn("left"), bars.TimeRemainingColumn(),
         bars.TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with bars.Progress(*columns) as bar:
+    with preemptible(), bars.Progress(*columns) as bar:
         tasks: dict[str, Any] = {}
 
         def on_step(name: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
             if name not in tasks:
                 tasks[name] = bar.add_task(name, total=total, note="")
-            note = f"loss {float(metrics['loss']):.3f}" if "loss" in metrics else ""
-            bar.update(tasks[name], completed=done, note=note)
+            bar.update(tasks[name], completed=done, note=note_of(metrics))
 
         yield on_step
+
+
+def note_of(metrics: Mapping[str, Any]) -> str:
+    """Loss, KL and tokens per second, where they are known."""
+    known = {"loss": "loss {:.3f}", "kl": "KL {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    return "  ".join(text.format(float(metrics[name])) for name, text in known.items() if metrics.get(name) is not None)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
