@@ -22,12 +22,14 @@ import numpy as np
 from etils import epath
 from scipy.spatial import cKDTree
 
+from deconfound_jax.align.policy import variables_of
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.reward import model_form
 from deconfound_jax.config import Run
 from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.encoders import ENCODERS, encode_by
+from deconfound_jax.models.language_model import LanguageModel, continue_prompts, load_language_model
 from deconfound_jax.models.params import load_params
 from deconfound_jax.models.sample import sample
 from deconfound_jax.recipes.reference import decoder_features
@@ -46,11 +48,18 @@ class SavedRun:
         return json.loads((self.workdir / "results.json").read_text())
 
     @functools.cached_property
+    def published(self) -> LanguageModel | None:
+        """The published model that the policies started from; None: a decoder of the log's own."""
+        return load_language_model(self.config.policy.source) if self.config.policy.source else None
+
+    @functools.cached_property
     def tokenizer(self):
-        return tokenizer.load(self.workdir / "tokenizer.json")
+        return self.published.tokenizer if self.published else tokenizer.load(self.workdir / "tokenizer.json")
 
     @functools.cached_property
     def decoder(self) -> Decoder:
+        if self.published:
+            return self.published.decoder
         return Decoder(self.config.decoder, self.tokenizer.size)
 
     def policy(self, method: str = "deconfounded") -> Any:
@@ -59,11 +68,14 @@ class SavedRun:
         Raises:
           ValueError: the run has no such policy; it names those it has.
         """
+        if method == "sft" and self.published:
+            return self.published.params
         path = self.workdir / "policies" / f"{method}.npz"
         if not path.exists():
             known = sorted(p.stem for p in (self.workdir / "policies").iterdir())
             raise ValueError(f"policy: expected one of {known}, got {method!r}")
-        return load_params(path)
+        trained = load_params(path)
+        return variables_of(trained, {} if "params" in trained else {"base": self.policy("sft")})
 
     def posterior(self, method: str = "deconfounded") -> Posterior:
         path = self.workdir / "posterior" / f"{method}.npz"
@@ -114,7 +126,15 @@ class SavedRun:
 
     def sample(self, n: int, prompts: Sequence[str] | None = None, method: str = "deconfounded", seed: int = 0,
                temperature: float = 1.0) -> list[str]:  # fmt: skip
-        """n texts from a policy; with prompts, n texts for each prompt, in order."""
+        """n texts from a policy; with prompts, n texts for each prompt, in order.
+
+        A published model's policy continues prompts, by default the run's own (`policy.prompt`).
+        """
+        if self.published:
+            asked = list(prompts) if prompts is not None else [self.config.policy.prompt]
+            found = continue_prompts(self.published, self.policy(method), asked, n, self.config.policy.length, seed,
+                                     temperature)  # fmt: skip
+            return [text for texts in found for text in texts]
         prompt_bl, rows = None, n
         if prompts is not None:
             encoded = self.tokenizer.encode(list(prompts), self.config.decoder.length)

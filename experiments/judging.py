@@ -42,11 +42,14 @@ def judge(config: Run, plan: Plan, logs: Logs, fitted: Any, workdir: epath.Path)
     results["ceiling.pair_accuracy"], results["ceiling.pair_accuracy_z196"] = _ceiling(plan, logs, arms[0])
     for method in (m for m in config.methods if m in fitted.policies):
         held = plan.parts[0].held_out
-        own, ref = (text_logprobs(fitted.decoder, fitted.policies[m], fitted.tokens_nl[held]) for m in (method, "sft"))
+        begun, prompts = fitted.start, fitted.start.prompts(len(held))
+        own, ref = (
+            text_logprobs(begun.decoder, fitted.policies[m], begun.tokens_nl[held], prompts) for m in (method, "sft")
+        )
         scored = ab.scores(own - ref, arms[0])
         results[f"policy.{config.name}.tokens.{method}.pair_accuracy"] = float(scored["pair_accuracy"])
         results[f"policy.{config.name}.tokens.{method}.pair_accuracy_z196"] = float(scored["pair_accuracy_z196"])
-        curve = [row["kl"] for row in read_metrics(workdir, f"dpo-{method}") if row.get("eval")]
+        curve = [row["kl"] for row in read_metrics(workdir, f"{config.align.recipe}-{method}") if row.get("eval")]
         results[f"policy.{config.name}.tokens.{method}.kl"] = float(curve[-1])
     return results
 

@@ -16,27 +16,30 @@ import jax
 import numpy as np
 from etils import epath
 
+from deconfound_jax.align.policy import variables_of
+from deconfound_jax.align.scoring import text_reward
 from deconfound_jax.causal.fit import fit_prepared
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.reward import Reward, model_form
 from deconfound_jax.causal.terms import prepare
 from deconfound_jax.causal.verdict import judged
 from deconfound_jax.config import Run
-from deconfound_jax.evaluate import truth
-from deconfound_jax.models import tokenizer
-from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.encoders import ENCODERS, encode_by
 from deconfound_jax.models.features import cached, read_features
-from deconfound_jax.recipes.preference import align, dpo_stage
-from deconfound_jax.recipes.reference import decoder_features, policy_sampler, sft_stage, train_reference
+from deconfound_jax.recipes.choice import align_policy, config_of, stage_of
+from deconfound_jax.recipes.curve import policy_watch
+from deconfound_jax.recipes.reference import decoder_features
 from deconfound_jax.recipes.stage import Record
+from deconfound_jax.recipes.texts import Texts
 from deconfound_jax.structs import Logs, fingerprint
 from experiments import rundir
 from experiments.judging import judge
 from experiments.logs_plan import Plan, check_config, make_plan, read_logs
 from experiments.newsroom_study import designs, save_run
+from experiments.start import Start, start
 
 _log = logging.getLogger(__name__)
+_SHOWN = 6  # texts of a policy in the report
 
 
 class Fitted(NamedTuple):
@@ -44,11 +47,10 @@ class Fitted(NamedTuple):
 
     rewards: Mapping[tuple[str, str, str], Reward]  # (part, features, method) -> reward of every row of the file
     posteriors: Mapping[tuple[str, str, str], Posterior]
-    policies: Mapping[str, Any]
-    decoder: Decoder
-    tokenizer: tokenizer.Tokenizer
-    tokens_nl: np.ndarray
+    policies: Mapping[str, Any]  # variables of the start's decoder
+    start: Start
     features: Mapping[str, np.ndarray]
+    samples: Mapping[str, list[str]]  # a few texts of each policy
 
 
 def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | None = None) -> dict[str, Any]:
@@ -70,48 +72,27 @@ def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | Non
 
 def learn(config: Run, plan: Plan, logs: Logs, workdir: epath.Path, on_step=None) -> Fitted:
     """Reference, features, posteriors and policies. Outcomes are read of each part's training rows alone."""
-    first, roles = plan.parts[0], logs.roles
+    first = plan.parts[0]
     # texts the reference may read: all but the first fold's
     words_n = np.setdiff1d(np.arange(len(logs)), first.held_out)
-    texts = logs.text
-    words = tokenizer.train_bpe([texts[i] for i in words_n], config.decoder.vocabulary)
-    words.save(workdir / "tokenizer.json")
-    decoder = Decoder(config.decoder, words.size)
-    tokens_nl = words.encode(texts, config.decoder.length)
-    cut = words.count_truncated(texts, config.decoder.length)
-    if cut:
-        _log.warning("decoder.length=%d cuts %d of %d texts short", config.decoder.length, cut, len(texts))
-    seed, every = config.seeds[0], config.checkpoint_every
-    unique_n = words_n[np.unique(logs.codes(roles.text)[words_n], return_index=True)[1]]
-    reference = train_reference(decoder, sft_stage(decoder, config.sft), tokens_nl[unique_n], config.sft, seed,
-                                Record(workdir, "sft", every, on_step))  # fmt: skip
-    features = {"tokens": decoder_features(decoder, reference, tokens_nl, config.features)}
+    begun = start(config, logs, words_n, workdir, on_step)
+    features = {}
+    if config.features.source == "tokens" or not config.policy.source:
+        features["tokens"] = decoder_features(begun.decoder, begun.reference, begun.tokens_nl, config.features)
     if config.features.source != "tokens":
         features[_feature_name(config)] = file_or_encoder(config, logs, workdir, on_step)
-
     rewards, posteriors = fit_rewards(config, plan, logs, features, on_step)
-    stage, policies, primary = dpo_stage(decoder, config.dpo), {"sft": reference}, _feature_name(config)
-    codes_n = logs.codes(roles.pair_within)[first.train] if roles.pair_within else None
-    watch = [(config.dpo.evaluate_every, kl_evaluator(decoder, reference, config, seed))]
-    for method in config.methods:
-        reward = rewards[first.name, primary, method]
-        reward = dataclasses.replace(reward, draws_sn=reward.draws_sn[:, first.train])
-        record = Record(workdir, f"dpo-{method}", every, on_step)
-        policies[method] = align(
-            decoder,
-            stage,
-            reference,
-            tokens_nl[first.train],
-            reward,
-            codes_n,
-            rundir.risked(config.dpo, method),
-            seed,
-            record,
-            watch,
-        )
+    trained = train_policies(config, plan, logs, begun, rewards, posteriors, workdir, on_step)
+    primary = _feature_name(config)
     main = {method: posteriors[first.name, primary, method] for method in config.methods}
-    save_run(workdir, policies, main, features[primary][first.train])
-    return Fitted(rewards, posteriors, policies, decoder, words, tokens_nl, features)
+    # A published reference stays where it is.
+    save_run(workdir, trained if config.policy.source else {"sft": begun.reference} | trained, main,
+             features[primary][first.train])  # fmt: skip
+    base = {"base": begun.reference} if config.align.lora.rank else {}
+    policies = {"sft": begun.reference} | {m: variables_of(params, base) for m, params in trained.items()}
+    draw, key = begun.sampler(_SHOWN), jax.random.key(20_000 + config.seeds[0])
+    samples = {m: begun.tokenizer.decode(np.asarray(draw(p, begun.reference, key)[0])) for m, p in policies.items()}
+    return Fitted(rewards, posteriors, policies, begun, features, samples)
 
 
 def fit_rewards(config: Run, plan: Plan, logs: Logs, features: Mapping, on_step=None) -> tuple[dict, dict]:
@@ -133,17 +114,33 @@ def fit_rewards(config: Run, plan: Plan, logs: Logs, features: Mapping, on_step=
     return rewards, posteriors
 
 
-def kl_evaluator(decoder: Decoder, reference: Any, config: Run, seed: int) -> Callable:
-    """(state, step) -> KL to the reference in nats a text, from `dpo.samples` draws of the policy."""
+def train_policies(config: Run, plan: Plan, logs: Logs, begun: Start, rewards: Mapping, posteriors: Mapping,
+                   workdir: epath.Path, on_step=None) -> dict[str, Any]:  # fmt: skip
+    """What was trained of a policy a method, learned from the first part's training rows."""
+    first, roles, primary, seed = plan.parts[0], logs.roles, _feature_name(config), config.seeds[0]
+    knobs, recipe = config_of(config), config.align.recipe
+    if recipe == "grpo" and (primary != "tokens" or config.policy.source):
+        raise ValueError("align.recipe: grpo scores texts of its own, by features.source=tokens of an own decoder")
+    stage = stage_of(begun.decoder, knobs, config.features, config.align.dispatch)
+    codes_n = logs.codes(roles.pair_within)[first.train] if roles.pair_within else None
+    texts = Texts(begun.tokens_nl[first.train], codes_n, begun.prompts(len(first.train)), row_keys(logs)[first.train])
+    lora = bool(config.align.lora.rank)
+    watch = policy_watch(begun.sampler(config.align.samples), begun.reference, jax.random.key(10_000 + seed), lora=lora)
+    found = {}
+    for method in config.methods:
+        reward = rewards[first.name, primary, method]
+        reward = dataclasses.replace(reward, draws_sn=reward.draws_sn[:, first.train])
+        anywhere = text_reward(posteriors[first.name, primary, method]) if recipe == "grpo" else None
+        record = Record(workdir, f"{recipe}-{method}", config.checkpoint_every, on_step)
+        found[method] = align_policy(begun.decoder, stage, begun.reference, texts, reward, anywhere, knobs,
+                                     rundir.risked(config.align, method), seed, record,
+                                     [(config.align.evaluate_every, watch)])  # fmt: skip
+    return found
 
-    draw = policy_sampler(decoder, config.dpo.samples)
 
-    def evaluator(state, step):
-        _, own_n, reference_n = draw(state.params, reference, jax.random.key(10_000 + seed))
-        mean, error = truth.kl(np.asarray(own_n), np.asarray(reference_n))
-        return {"kl": mean, "kl_error": error}
-
-    return evaluator
+def row_keys(logs: Logs) -> np.ndarray:
+    """Names of the rows, for errors: the key's column, or the row number."""
+    return logs.columns[logs.roles.key] if logs.roles.key else np.arange(len(logs))
 
 
 def file_or_encoder(config: Run, logs: Logs, workdir: epath.Path, on_step=None) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from deconfound_jax.align.joint import posterior_draws
+from deconfound_jax.align.scoring import text_reward
 from deconfound_jax.causal.fit import fit_prepared
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.reward import Reward, model_form
@@ -26,9 +27,12 @@ from deconfound_jax.evaluate import truth
 from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.params import save_params
-from deconfound_jax.recipes.preference import align, align_jointly, dpo_stage, joint_stage
-from deconfound_jax.recipes.reference import decoder_features, policy_sampler, sft_stage, train_reference
+from deconfound_jax.recipes.choice import align_policy, config_of, stage_of
+from deconfound_jax.recipes.curve import Draw, policy_sampler, policy_watch
+from deconfound_jax.recipes.joint import align_jointly, joint_stage
+from deconfound_jax.recipes.reference import decoder_features, sft_stage, train_reference
 from deconfound_jax.recipes.stage import Record, Stage
+from deconfound_jax.recipes.texts import Texts
 from deconfound_jax.simulate import newsroom
 from deconfound_jax.structs import Design, Logs
 from deconfound_jax.train.loop import read_metrics
@@ -43,8 +47,8 @@ class Compiled(NamedTuple):
     decoder: Decoder
     tokenizer: tokenizer.Tokenizer
     sft: Stage
-    dpo: Stage
-    draw: Callable  # (params, reference, key) -> tokens, log-probability, reference's log-probability
+    policy: Stage  # of the recipe that align.recipe names
+    draw: Draw
 
 
 class Seed(NamedTuple):
@@ -75,7 +79,7 @@ def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | Non
     results = summarise(config, seeds)
     counts = {
         "sft": compiled.sft.traces(),
-        "dpo": compiled.dpo.traces(),
+        config.align.recipe: compiled.policy.traces(),
         "joint": [j.traces() for j in joints.values()],
     }
     (workdir / "compilations.json").write_text(rundir.dump_json(counts))
@@ -91,8 +95,8 @@ def compile_once(config: Run) -> Compiled:
         decoder,
         words,
         sft_stage(decoder, config.sft),
-        dpo_stage(decoder, config.dpo),
-        policy_sampler(decoder, config.dpo.samples),
+        stage_of(decoder, config_of(config), config.features, config.align.dispatch),
+        policy_sampler(decoder, config.align.samples),
     )
 
 
@@ -119,41 +123,45 @@ def run_seed(config: Run, compiled: Compiled, joints: dict, seed: int, logs: Log
     reference = train_reference(c.decoder, c.sft, tokens_nl, config.sft, seed,
                                 Record(workdir, f"seed{seed}-sft", config.checkpoint_every, on_step))  # fmt: skip
     features_nd = decoder_features(c.decoder, reference, tokens_nl, config.features)
-    sample_key = jax.random.key(10_000 + seed)
-    base_f = newsroom.true_reward(c.tokenizer.decode(np.asarray(c.draw(reference, reference, sample_key)[0])))
-
-    def judge(state, step):
-        tokens, own, ref = (np.asarray(a) for a in c.draw(state.params, reference, jax.random.fold_in(sample_key, 1)))
-        texts = c.tokenizer.decode(tokens)
-        share = truth.true_share(newsroom.true_reward(texts), base_f)
-        off = float(np.mean([newsroom.parse(text) is None for text in texts]))
-        mean, error = truth.kl(own, ref)
-        return {"kl": mean, "kl_error": error, "true_share": share, "off_grammar": off}
-
+    watch = [(config.align.evaluate_every, newsroom_watch(c, reference, seed, bool(config.align.lora.rank)))]
+    texts = Texts(tokens_nl, logs.codes(logs.roles.pair_within))
     prepared, posteriors, rewards, policies = {}, {}, {}, {"sft": reference}
     for method, design in designs(config).items():
         prepared[method] = prepare(logs, features_nd, design, causal)
         record = Record(workdir, f"seed{seed}-{method}", config.checkpoint_every, on_step)
-        common = (logs.codes(logs.roles.pair_within), config.dpo)
-        watch = [(config.dpo.evaluate_every, judge)]
         if method == "joint":
-            spec = prepared[method].spec
-            stage = joints.setdefault(spec, joint_stage(c.decoder, spec, config.dpo, config.joint))
-            state = align_jointly(c.decoder, stage, reference, tokens_nl, prepared[method], *common,
+            spec, knobs = prepared[method].spec, config_of(config)
+            stage = joints.setdefault(spec, joint_stage(c.decoder, spec, knobs, config.joint, config.features))
+            state = align_jointly(c.decoder, stage, reference, texts, prepared[method], knobs, config.align,
                                   config.joint, seed, record, watch)  # fmt: skip
             policies[method] = state.params
             posteriors[method] = _joint_posterior(prepared[method], design, causal, state)
             rewards[method] = model_form(posteriors[method], features_nd)
             continue
         path = workdir / "posterior" / f"seed{seed}-{method}.npz"
-        posteriors[method] = _fit(prepared[method], design, causal, path, logs.codes(logs.roles.group))
+        posteriors[method] = fit_once(prepared[method], design, causal, path, logs.codes(logs.roles.group))
         rewards[method] = model_form(posteriors[method], features_nd)
-        common = (common[0], rundir.risked(config.dpo, method))
-        policies[method] = align(c.decoder, c.dpo, reference, tokens_nl, rewards[method], *common, seed, record, watch)
+        policies[method] = align_policy(
+            c.decoder, c.policy, reference, texts, rewards[method], text_reward(posteriors[method]),
+            config_of(config), rundir.risked(config.align, method), seed, record, watch,
+        )  # fmt: skip
     if seed == config.seeds[0]:
         save_run(workdir, policies, posteriors, features_nd)
-    curves = {m: _curve(workdir, f"seed{seed}-{m}") for m in config.methods}
+    curves = {m: curve_of(workdir, f"seed{seed}-{m}") for m in config.methods}
     return Seed(logs, known, features_nd, prepared, posteriors, rewards, curves)
+
+
+def newsroom_watch(compiled: Compiled, reference: Any, seed: int, lora: bool = False) -> Callable:
+    """Evaluator of a policy by the truth: KL, true share, the share of texts off the grammar."""
+    c, key = compiled, jax.random.key(10_000 + seed)
+    base_f = newsroom.true_reward(c.tokenizer.decode(np.asarray(c.draw(reference, reference, key)[0])))
+
+    def truly(tokens_nl):
+        texts = c.tokenizer.decode(tokens_nl)
+        off = float(np.mean([newsroom.parse(text) is None for text in texts]))
+        return {"true_share": truth.true_share(newsroom.true_reward(texts), base_f), "off_grammar": off}
+
+    return policy_watch(c.draw, reference, jax.random.fold_in(key, 1), truth=truly, lora=lora)
 
 
 def save_run(
@@ -174,7 +182,7 @@ def save_run(
 def summarise(config: Run, seeds: list[Seed]) -> dict[str, Any]:
     """Flat results: shares at the KL that every method of a seed reached, rewards against the truth."""
     results: dict[str, Any] = {}
-    common = [min(config.dpo.kl, *(max(kl for kl, _ in s.curves[m]) for m in config.methods)) for s in seeds]
+    common = [min(config.align.kl, *(max(kl for kl, _ in s.curves[m]) for m in config.methods)) for s in seeds]
     results[f"policy.{config.name}.tokens.sft.true_share"] = 0.0  # by definition of the share
     results[f"policy.{config.name}.tokens.sft.kl"] = 0.0
     for method in config.methods:
@@ -231,7 +239,7 @@ def verdict(config: Run, results: Mapping[str, Any]) -> str:
     return sentence + (f" Not converged in some seeds: {', '.join(weak)}." if weak else "")
 
 
-def _fit(prepared: Prepared, design: Design, causal, path: epath.Path, groups_n: np.ndarray) -> Posterior:
+def fit_once(prepared: Prepared, design: Design, causal, path: epath.Path, groups_n: np.ndarray) -> Posterior:
     """Fits, or reads what a killed run had fitted."""
     if path.exists():
         return Posterior.load(path)
@@ -252,7 +260,7 @@ def _joint_posterior(prepared: Prepared, design: Design, causal, state) -> Poste
     return Posterior(draws, design, scaling, {"method": "joint", "why": why, "converged": finite})
 
 
-def _curve(workdir: epath.Path, name: str) -> Curve:
+def curve_of(workdir: epath.Path, name: str) -> Curve:
     rows = [row for row in read_metrics(workdir, name) if row.get("eval")]
     return [(row["kl"], row["true_share"]) for row in rows]
 

@@ -85,6 +85,7 @@ def logs_page(config: Run, results: Mapping[str, Any], plan: Any, logs: Any, fit
         limits=(*LIMITS[:2], "Policies are judged after their last step, each at the KL its row states."),
         summary="Rewards fitted with and without the confounders' effect, scored on held-out randomized arms.",
         examples=_examples(config, train.text, at_train),
+        samples=fitted.samples if config.report.examples == "show" else {},
         clouds=clouds,
         results=tables[0],
         seeds=tables[1] if len(tables) > 2 else (),

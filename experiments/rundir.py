@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from deconfound_jax.config import Dpo, Run
+from deconfound_jax.config import Align, Run
 from deconfound_jax.structs import dump_json
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpyro", "chex", "einops", "numpy", "scipy")
@@ -76,7 +76,7 @@ def pages():
     return module
 
 
-def risked(config: Dpo, method: str) -> Dpo:
+def risked(config: Align, method: str) -> Align:
     """A baseline trains whatever its verdict: it is there to be compared with. Ours must pass."""
     return dataclasses.replace(config, accept_risk=config.accept_risk or method in ("naive", "covariate"))
 

@@ -16,12 +16,13 @@ import tempfile
 import jax, numpy as np
 from deconfound_jax.causal.fit import fit
 from deconfound_jax.causal.reward import model_form
-from deconfound_jax.config import Causal, Decoder as Config, Dpo, Sft
+from deconfound_jax.config import Align, Causal, Decoder as Config, Dpo, Sft
 from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.lora import init_lora, merge_lora
 from deconfound_jax.models.sample import generate
-from deconfound_jax.recipes.preference import align, dpo_stage
+from deconfound_jax.recipes.preference import align_dpo, dpo_stage
+from deconfound_jax.recipes.texts import Texts
 from deconfound_jax.recipes.reference import sft_stage, train_reference
 from deconfound_jax.recipes.stage import Record
 from deconfound_jax.structs import Logs, Roles
@@ -37,10 +38,11 @@ posterior = fit(logs, features_nd, Causal(design="linear(c)", draws=64))
 reward = model_form(posterior, features_nd)
 decoder = Decoder(Config(width=8, layers=1, heads=2, length=8), words.size)
 tokens_nl = words.encode(list(texts), 8)
-sft, dpo = Sft(steps=2, batch=16), Dpo(steps=2, groups=4, group_size=2, accept_risk=True)
+sft, dpo = Sft(steps=2, batch=16), Dpo(steps=2, groups=4, group_size=2)
 record = Record(tempfile.mkdtemp(), "core", 0)
 reference = train_reference(decoder, sft_stage(decoder, sft), tokens_nl, sft, 0, record)
-policy = align(decoder, dpo_stage(decoder, dpo), reference, tokens_nl, reward, None, dpo, 0, record)
+risky = Align(accept_risk=True, equal_texts="drop")
+policy = align_dpo(decoder, dpo_stage(decoder, dpo), reference, Texts(tokens_nl), reward, dpo, risky, 0, record)
 policy = merge_lora(policy, init_lora(jax.random.key(0), policy, rank=1))
 drawn = generate(decoder, policy, jax.random.key(1), tokens_nl[:2, :2], 4, stop=(tokenizer.END,))
 assert np.isfinite(drawn.logprob).all() and drawn.mask.any()

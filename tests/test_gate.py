@@ -5,7 +5,8 @@ import pytest
 
 from deconfound_jax.causal.reward import Reward
 from deconfound_jax.causal.verdict import Verdict
-from deconfound_jax.recipes.preference import require, signed_pairs
+from deconfound_jax.recipes.preference import signed_pairs
+from deconfound_jax.recipes.texts import require
 
 DRAWS = np.zeros((3, 2))
 

@@ -12,9 +12,9 @@ import pytest
 from deconfound_jax.align.groups import epochs, form_groups, pair_index, pair_labels
 from deconfound_jax.align.joint import (
     JointBatch,
+    fill_pairs,
     init_causal,
     joint_step,
-    label_groups,
     text_draws,
     update_causal,
 )
@@ -25,14 +25,15 @@ from deconfound_jax.causal.fit import fit_prepared
 from deconfound_jax.causal.reward import prefer
 from deconfound_jax.causal.spec import Rows
 from deconfound_jax.causal.terms import prepare
-from deconfound_jax.config import Causal, Dpo, Joint, Newsroom
+from deconfound_jax.config import Align, Causal, Dpo, Joint, Newsroom
 from deconfound_jax.config import Decoder as DecoderConfig
 from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
-from deconfound_jax.recipes.preference import _row_batches, align_jointly, joint_stage
+from deconfound_jax.recipes.joint import align_jointly, joint_stage, row_batches
 from deconfound_jax.recipes.stage import Record
+from deconfound_jax.recipes.texts import Texts
 from deconfound_jax.simulate import newsroom
-from deconfound_jax.structs import Design
+from deconfound_jax.structs import Design, Pairs
 from deconfound_jax.train.step import adamw, init_state, jit_step
 
 JOINT = Joint(rows=100, warm_rows=300, causal_updates=4, draws=16)
@@ -51,9 +52,10 @@ def small():
     params = decoder.init(jax.random.key(0), jnp.asarray(tokens_nl[:1]))
     groups = form_groups(logs.codes("article"), len(logs), 5, 0)[:8]
     phi = np.asarray(prepared.rows.columns_nq[:, :3], np.float32)
-    rows = _row_batches(prepared.rows, JOINT.rows, 0)
+    rows = row_batches(prepared.rows, JOINT.rows, 0)
     reference = np.random.default_rng(0).normal(-30, 1, groups.shape).astype(np.float32)
-    batch = JointBatch(rows(0), tokens_nl[groups], reference, phi[groups], np.ones(groups.shape, np.float32))
+    pairs = Pairs(tokens_nl[groups], reference, np.full((8, 10), 0.5, np.float32), np.ones((8, 10), np.float32))
+    batch = JointBatch(rows(0), pairs, phi[groups], np.ones(groups.shape, np.float32))
     return logs, prepared, design, decoder, params, batch, rows, tokens_nl
 
 
@@ -90,16 +92,16 @@ def test_gradients_equal_the_two_stage_functions_at_the_same_posterior(small):
     # A linear optimizer shows the gradient as the parameters' change.
     identity = optax.sgd(1.0)
     state = state._replace(opt_state=identity.init(params))
-    step = joint_step(decoder, prepared.spec, JOINT, identity, "one")
+    step = joint_step(prepared.spec, JOINT, dpo_objective(decoder), identity, fill_pairs("one"))
     after, _ = step(state, {"beta": jnp.float32(0.3)}, batch._replace(rows=rows(9)), key)
 
     # Two stages, by hand: the posterior that the step had, draws, labels by pair, the DPO objective's gradient.
     causal = update_causal(prepared.spec, JOINT, causal, rows(9))
     draws_sd = text_draws(prepared.spec, causal, JOINT.draws, jax.random.fold_in(key, 0))
-    reward_sn = np.asarray(draws_sd) @ batch.features_bgd.reshape(-1, 3).T
+    reward_sn = np.asarray(draws_sd) @ batch.features.reshape(-1, 3).T
     groups = np.arange(40).reshape(8, 5)
     label, weight = pair_labels(reward_sn, groups, float(reward_sn.mean(0).std()), "one")
-    two_stage = label_groups(batch, draws_sd, "one")._replace(label_bp=label, weight_bp=weight)
+    two_stage = batch.texts._replace(label_bp=label, weight_bp=weight)
     objective = dpo_objective(decoder)
 
     def loss(p):
@@ -126,7 +128,8 @@ def test_the_policy_waits_for_warm_rows_and_one_trace_serves(small, tmp_path):
         seen.append((step, max(change) > 0))
         return {}
 
-    align_jointly(decoder, stage, params, tokens_nl, prepared, logs.codes("article"), config, JOINT, 0,
+    texts = Texts(tokens_nl, logs.codes("article"))
+    align_jointly(decoder, stage, params, texts, prepared, config, Align(equal_texts="drop"), JOINT, 0,
                   Record(tmp_path, "joint", 100), [(1, watch)])  # fmt: skip
     assert seen == [(0, False), (1, False), (2, False), (3, True), (4, True), (5, True), (6, True)]
     assert stage.traces() == 1

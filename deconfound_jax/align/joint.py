@@ -4,8 +4,8 @@
     1. moments <- moments + cross products of rows           exact sufficient statistics
     2. psi     <- a few Adam steps on the collapsed log posterior of the scalars
     3. theta   ~ p(theta | psi, moments)                     joint draws, closed form
-    4. label and weight of every pair from the draws' rewards
-    5. policy  <- DPO step; held back until `warm_rows` rows have been seen
+    4. labels, weights or rewards of the texts from the draws
+    5. policy  <- preference step (DPO, KTO, DRO, GRPO); held back until `warm_rows` rows have been seen
 
 Gaussian designs only: there the update of step 1 is exact, so after one pass over
 the log the causal state is what a separate fit would have, up to the scalars'
@@ -14,6 +14,7 @@ spread (a point here, integrated in `causal.nested`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,15 +22,15 @@ import jax.numpy as jnp
 import optax
 
 from deconfound_jax.align.groups import pair_index
-from deconfound_jax.align.preference import dpo_objective
-from deconfound_jax.align.update import update_policy
+from deconfound_jax.align.losses.dro import reward_precision
+from deconfound_jax.align.rounds import update_several
+from deconfound_jax.align.scoring import desirability
 from deconfound_jax.causal import conditional
 from deconfound_jax.causal.reward import precision_weight, prefer
 from deconfound_jax.causal.scalars import constrain, log_prior, start
 from deconfound_jax.causal.spec import Rows, Spec
 from deconfound_jax.config import Joint
-from deconfound_jax.models.decoder import Decoder
-from deconfound_jax.structs import Pairs
+from deconfound_jax.structs import Pairs, Scored
 
 
 class CausalState(NamedTuple):
@@ -42,13 +43,16 @@ class CausalState(NamedTuple):
 
 
 class JointBatch(NamedTuple):
-    """Rows for the causal update (weight 0: seen before), groups for the preference update."""
+    """Rows for the causal update (weight 0: seen before), texts for the preference update.
+
+    Of `texts` the causal part fills in what comes from the reward; see `fill_pairs`, `fill_scored` and
+    `rounds.sample_groups`.
+    """
 
     rows: Rows
-    tokens_bgl: Any
-    reference_bg: Any
-    features_bgd: Any  # phi(x), standardised as in the fit
-    present_bg: Any  # 0 where a group is smaller
+    texts: Any
+    features: Any = None  # phi(x) (..., d) of the texts, standardised as in the fit
+    present: Any = None  # (...), 0 where there is no text
 
 
 def init_causal(spec: Spec, rows: Rows, config: Joint) -> CausalState:
@@ -89,36 +93,60 @@ def posterior_draws(spec: Spec, state: CausalState, draws: int, key: jax.Array) 
     return sites | {name: jnp.full(draws, value) for name, value in psi.items()}
 
 
-def label_groups(batch: JointBatch, coefficients_sd, weighting: str) -> Pairs:
-    """Soft label and weight of every pair from draws of the text's coefficients.
+def fill_pairs(weighting: str) -> Callable:
+    """Labels and weights of `Pairs` from draws of the text's coefficients: `Fill` of the DPO family.
 
-    tau is the sd of the mean reward over the batch's texts, in the draws' own units.
+    tau is the sd of the mean reward over the batch's texts, in the draws' own units. Pairs of weight 0 keep it.
     """
-    reward_sbg = jnp.einsum("sd,bgd->sbg", coefficients_sd, batch.features_bgd)
-    mean_bg, n = reward_sbg.mean(0), jnp.maximum(batch.present_bg.sum(), 1.0)
-    centre = (mean_bg * batch.present_bg).sum() / n
-    tau = jnp.sqrt((batch.present_bg * (mean_bg - centre) ** 2).sum() / n)
-    first, second = pair_index(batch.tokens_bgl.shape[1])
-    a, b = reward_sbg[:, :, first], reward_sbg[:, :, second]
-    weight = precision_weight(a, b, tau) if weighting == "precision" else jnp.ones(a.shape[1:])
-    weight = weight * batch.present_bg[:, first] * batch.present_bg[:, second]
-    return Pairs(batch.tokens_bgl, batch.reference_bg, prefer(a, b, tau), weight)
+
+    def fill(params, frozen, batch: JointBatch, coefficients_sd, key) -> Pairs:
+        reward_sbg = jnp.einsum("sd,bgd->sbg", coefficients_sd, batch.features)
+        tau = _spread(reward_sbg.mean(0), batch.present)
+        first, second = pair_index(batch.texts.tokens_bgl.shape[1])
+        a, b = reward_sbg[:, :, first], reward_sbg[:, :, second]
+        weight = precision_weight(a, b, tau) if weighting == "precision" else jnp.ones(a.shape[1:])
+        return batch.texts._replace(label_bp=prefer(a, b, tau), weight_bp=weight * batch.texts.weight_bp)
+
+    return fill
 
 
-def joint_step(decoder: Decoder, spec: Spec, config: Joint, optimizer: optax.GradientTransformation, weighting: str):
+def fill_scored(weighting: str) -> Callable:
+    """Reward, sd, desirability and weight of `Scored` from draws of the text's coefficients: `Fill` of KTO and DRO.
+
+    Rewards are centred on the batch and divided by its sd; desirable is what beats the batch's median, draw by draw.
+    """
+
+    def fill(params, frozen, batch: JointBatch, coefficients_sd, key) -> Scored:
+        reward_sb = jnp.einsum("sd,bd->sb", coefficients_sd, batch.features)
+        reward_sb = (reward_sb - reward_sb.mean()) / _spread(reward_sb.mean(0), batch.present)
+        sd_b = reward_sb.std(0)
+        weight_b = reward_precision(sd_b, 1.0) if weighting == "precision" else jnp.ones_like(sd_b)
+        return batch.texts._replace(
+            reward_b=reward_sb.mean(0), sd_b=sd_b, label_b=desirability(reward_sb), weight_b=weight_b * batch.present
+        )
+
+    return fill
+
+
+def joint_step(spec: Spec, config: Joint, objective: Callable, optimizer: optax.GradientTransformation, fill: Callable,
+               updates: int = 1) -> Callable:  # fmt: skip
     """Builds `(state, frozen, batch, key) -> (state, metrics)`; `train.step.jit_step` compiles it.
 
-    `state.causal` is a `CausalState`; `frozen` is {"beta": scalar}. The metrics hold
-    the current psi by name, rows seen, the DPO loss and its gradient's norm.
+    Args:
+      objective: of the preference update, over what `fill` returns.
+      fill: (params, frozen, batch, coefficients (s, d), key) -> the objective's batch.
+      updates: of the policy on one batch.
+
+    `state.causal` is a `CausalState`. The metrics hold the current psi by name, rows seen, and the objective's.
     """
-    objective = dpo_objective(decoder)
 
     def step(state, frozen, batch: JointBatch, key):
         key = jax.random.fold_in(key, state.step)
         causal = update_causal(spec, config, state.causal, batch.rows)
-        groups = jax.lax.stop_gradient(label_groups(batch, text_draws(spec, causal, config.draws, key), weighting))
-        params, opt_state, metrics = update_policy(
-            objective, optimizer, state.params, state.opt_state, frozen, groups, key
+        coefficients_sd = text_draws(spec, causal, config.draws, key)
+        texts = jax.lax.stop_gradient(fill(state.params, frozen, batch, coefficients_sd, key))
+        params, opt_state, metrics = update_several(
+            objective, optimizer, state.params, state.opt_state, frozen, texts, key, updates
         )
         warm = causal.seen >= config.warm_rows
         params, opt_state = jax.tree.map(
@@ -129,6 +157,14 @@ def joint_step(decoder: Decoder, spec: Spec, config: Joint, optimizer: optax.Gra
         return state._replace(params=params, opt_state=opt_state, causal=causal, step=state.step + 1), metrics
 
     return step
+
+
+def _spread(value, present):
+    """The sd over the texts that are there; 1 where they do not differ."""
+    n = jnp.maximum(present.sum(), 1.0)
+    centre = (value * present).sum() / n
+    spread = jnp.sqrt((present * (value - centre) ** 2).sum() / n)
+    return jnp.where(spread > 0, spread, 1.0)
 
 
 def _adam(config: Joint) -> optax.GradientTransformation:

@@ -4,26 +4,34 @@ A knob exists in one place, with one comment saying why it is there. Presets
 (`experiments/presets/`) are functions that return a complete `Run`.
 """
 
-from deconfound_jax.config.align import Dpo, Joint, Sft
+from deconfound_jax.config.align import Align, BestOfN, Dpo, Dro, Grpo, Joint, Kto, Lora, Sft, Top
 from deconfound_jax.config.causal import Causal
 from deconfound_jax.config.logs import LogsSource, Split
-from deconfound_jax.config.models import Decoder, Features
+from deconfound_jax.config.models import Decoder, Features, Policy
 from deconfound_jax.config.report import Report
 from deconfound_jax.config.run import Run
 from deconfound_jax.config.simulate import Newsroom
 from deconfound_jax.config.verdict import Checks
 
 __all__ = [
+    "Align",
+    "BestOfN",
     "Causal",
     "Checks",
     "Decoder",
     "Dpo",
+    "Dro",
     "Features",
+    "Grpo",
     "Joint",
+    "Kto",
     "LogsSource",
+    "Lora",
     "Newsroom",
+    "Policy",
     "Report",
     "Run",
     "Sft",
     "Split",
+    "Top",
 ]

@@ -47,6 +47,16 @@ class Decoder:
 
 
 @dataclasses.dataclass(frozen=True)
+class Policy:
+    """What is aligned: a decoder trained on the log's own texts (`config.Decoder`, `config.Sft`), or a published one."""
+
+    # a folder, a .gguf file or a hub's name, see `models.language_model`; empty: a decoder of the log's own
+    source: str = ""
+    prompt: str = "Headline:"  # what every text of the log stands behind, for a published model
+    length: int = 40  # tokens of a text behind the prompt, its end mark counted
+
+
+@dataclasses.dataclass(frozen=True)
 class Features:
     """phi(x): what the causal layer sees of a text."""
 

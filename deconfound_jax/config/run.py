@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from deconfound_jax.config.align import Dpo, Joint, Sft
+from deconfound_jax.config.align import Align, BestOfN, Dpo, Dro, Grpo, Joint, Kto, Sft, Top
 from deconfound_jax.config.causal import Causal
 from deconfound_jax.config.logs import LogsSource
-from deconfound_jax.config.models import Decoder, Features
+from deconfound_jax.config.models import Decoder, Features, Policy
 from deconfound_jax.config.report import Report
 from deconfound_jax.config.simulate import Newsroom
 from deconfound_jax.structs import Roles
@@ -25,9 +25,16 @@ class Run:
     simulation: Newsroom = Newsroom()
     causal: Causal = Causal()
     decoder: Decoder = Decoder()
+    policy: Policy = Policy()
     features: Features = Features()
     sft: Sft = Sft()
+    align: Align = Align()
     dpo: Dpo = Dpo()
+    top: Top = Top()
+    kto: Kto = Kto()
+    dro: Dro = Dro()
+    grpo: Grpo = Grpo()
+    best_of_n: BestOfN = BestOfN()
     joint: Joint = Joint()
     report: Report = Report()
     checkpoint_every: int = 50  # steps between checkpoints of a training stage

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import chex
 import numpy as np
 
+from deconfound_jax.recipes.best_of_n import chance_of_best
+
 
 def true_share(policy_f: np.ndarray, reference_f: np.ndarray, best_of: int = 8) -> float:
     """The policy's gain in true reward as a share of what best-of-n by the truth would gain.
@@ -45,15 +47,7 @@ def expected_best(value_n: np.ndarray, best_of: int) -> float:
     """
     value_n = np.sort(np.asarray(value_n, np.float64))
     chex.assert_rank(value_n, 1)
-    n = len(value_n)
-    if not 1 <= best_of <= n:
-        raise ValueError(f"best_of: expected 1 to {n} (the number of values), got {best_of}")
-    below_n = np.arange(n)  # how many values lie below x_(i)
-    # The ratio of binomials as a product: the binomials themselves overflow.
-    chance_n = np.full(n, best_of / n)
-    for j in range(1, best_of):
-        chance_n *= np.maximum(below_n - j + 1, 0) / (n - j)
-    return float(chance_n @ value_n)
+    return float(chance_of_best(len(value_n), best_of) @ value_n)
 
 
 def kl(policy_logprob_n: np.ndarray, reference_logprob_n: np.ndarray) -> tuple[float, float]:

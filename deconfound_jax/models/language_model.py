@@ -24,7 +24,7 @@ from deconfound_jax.models.features import pool
 from deconfound_jax.models.gguf import load_gguf
 from deconfound_jax.models.pretrained import Precision, find_folder, load_pretrained
 from deconfound_jax.models.pretrained_tokenizer import PretrainedTokenizer
-from deconfound_jax.models.sample import bucket
+from deconfound_jax.models.sample import bucket, generate, pad_prompts
 from deconfound_jax.models.tokenizer import PAD
 
 _LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # of batches of texts: one compilation each
@@ -110,6 +110,22 @@ def encode_texts(
             on_batch(start + len(rows), len(order))
     features_ud = np.concatenate(pieces)[np.argsort(order)]
     return features_ud[[place[text] for text in texts]]
+
+
+def continue_prompts(lm: LanguageModel, params: Any, prompts: Sequence[str], samples: int, new_tokens: int,
+                     seed: int = 0, temperature: float = 1.0) -> list[list[str]]:  # fmt: skip
+    """What the model writes behind each prompt, `samples` texts each.
+
+    Args:
+      params: in place of the model's own: a policy that started from it, with or without adapters.
+      prompts: marks spelled out in them are marks, as in what `tokenizer.chat` renders.
+    """
+    length = lm.decoder.config.length
+    prompt_bl = lm.tokenizer.encode(list(prompts), length, add_eos=False, marks=True)
+    prompt_bl = pad_prompts(prompt_bl, [*(size for size in _LENGTHS if size < length), length])
+    drawn = generate(lm.decoder, params, jax.random.key(seed), prompt_bl, new_tokens, samples, temperature,
+                     stop=lm.tokenizer.stop)  # fmt: skip
+    return [lm.tokenizer.decode(np.asarray(tokens_nl)) for tokens_nl in drawn.tokens]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from deconfound_jax.align.groups import epochs
-from deconfound_jax.align.logprobs import check_targets, sequence_logprob, token_scores
+from deconfound_jax.align.logprobs import check_targets, group_scores, sequence_logprob, token_scores
 from deconfound_jax.align.losses.likelihood import token_nll
 from deconfound_jax.config import Features, Sft
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.features import pool
-from deconfound_jax.models.sample import sample
 from deconfound_jax.models.tokenizer import PAD
 from deconfound_jax.recipes.stage import Record, Stage
 from deconfound_jax.train.loop import run_stage
@@ -55,21 +54,12 @@ def train_reference(
     return state.params
 
 
-def text_logprobs(decoder: Decoder, params: Any, tokens_nl: np.ndarray) -> np.ndarray:
-    """Log-probability of each text (n,), in nats."""
-    return _chunks(_logprob, decoder, params, tokens_nl)
-
-
-def policy_sampler(decoder: Decoder, samples: int) -> Callable:
-    """Compiled (params, reference, key) -> texts drawn from a policy (n, l), their log-probability under it and
-    under the reference, (n,) nats each: what a KL estimate needs."""
-
-    @jax.jit
-    def draw(params, reference, key):
-        tokens_nl, own_n = sample(decoder, params, key, samples, decoder.config.length)
-        return tokens_nl, own_n, sequence_logprob(decoder, reference, tokens_nl)
-
-    return draw
+def text_logprobs(
+    decoder: Decoder, params: Any, tokens_nl: np.ndarray, prompt_nq: np.ndarray | None = None
+) -> np.ndarray:
+    """Log-probability of each text (n,), in nats; with prompts, of what stands behind them."""
+    arrays = (tokens_nl,) if prompt_nq is None else (tokens_nl, prompt_nq)
+    return _chunks(_logprob, decoder, params, arrays)
 
 
 def decoder_features(decoder: Decoder, params: Any, tokens_nl: np.ndarray, config: Features) -> np.ndarray:
@@ -78,30 +68,36 @@ def decoder_features(decoder: Decoder, params: Any, tokens_nl: np.ndarray, confi
     Args:
       config: `states` (input embeddings, last hidden states, or both side by side) and `pooling`.
     """
-    return _chunks(_pooled, decoder, params, tokens_nl, config.states, config.pooling)
+    return _chunks(_pooled, decoder, params, (tokens_nl,), config.states, config.pooling)
 
 
-def _chunks(function, decoder, params, tokens_nl, *static):
-    found = []
-    for start in range(0, len(tokens_nl), _CHUNK):
-        piece = tokens_nl[start : start + _CHUNK]
-        padded = np.concatenate([piece, np.repeat(piece[:1], _CHUNK - len(piece), axis=0)])
-        found.append(np.asarray(function(decoder, params, padded, *static))[: len(piece)])
-    return np.concatenate(found)
-
-
-def _logprob_of(decoder, params, tokens_bl):
-    return sequence_logprob(decoder, params, tokens_bl)
-
-
-def _pooled_of(decoder, params, tokens_bl, states, pooling):
+def pooled_states(decoder: Decoder, params: Any, tokens_bl, states: str, pooling: str):
+    """phi(x) (b, d) inside a compiled function; see `decoder_features`."""
     parts = []
     if states != "hidden":
         parts.append(decoder.apply(params, tokens_bl, method="embed"))
     if states != "embeddings":
-        parts.append(decoder.apply(params, tokens_bl)[1])
+        parts.append(decoder.apply(params, tokens_bl, method="hidden"))
     return pool(jnp.concatenate(parts, -1), tokens_bl != PAD, pooling)
 
 
-_logprob = jax.jit(_logprob_of, static_argnums=0)
-_pooled = jax.jit(_pooled_of, static_argnums=(0, 3, 4))
+def _chunks(function, decoder, params, arrays, *static):
+    found, n = [], len(arrays[0])
+    for start in range(0, n, _CHUNK):
+        pieces = [array[start : start + _CHUNK] for array in arrays]
+        rows = len(pieces[0])
+        padded = [np.concatenate([piece, np.repeat(piece[:1], _CHUNK - rows, axis=0)]) for piece in pieces]
+        found.append(np.asarray(function(decoder, params, *static, *padded))[:rows])
+    return np.concatenate(found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logprob(decoder, params, tokens_bl, prompt_bq=None):
+    if prompt_bq is None:
+        return sequence_logprob(decoder, params, tokens_bl)
+    return group_scores(decoder, params, tokens_bl[:, None], prompt_bq).logprob.sum((1, 2))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _pooled(decoder, params, states, pooling, tokens_bl):
+    return pooled_states(decoder, params, tokens_bl, states, pooling)

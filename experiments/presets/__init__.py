@@ -1,7 +1,7 @@
 """Presets: functions that return a complete `Run`. To add one, write it and name it here."""
 
 from experiments.presets.newsroom import joint, newsroom, smoke
-from experiments.presets.upworthy import logs, upworthy, upworthy_smoke
+from experiments.presets.upworthy import logs, upworthy, upworthy_smoke, upworthy_smollm2
 
 PRESETS = {
     "newsroom": newsroom,
@@ -10,4 +10,5 @@ PRESETS = {
     "logs": logs,
     "upworthy": upworthy,
     "upworthy_smoke": upworthy_smoke,
+    "upworthy_smollm2": upworthy_smollm2,
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from deconfound_jax.config import Causal, Decoder, Dpo, Features, Joint, Newsroom, Run, Sft
+from deconfound_jax.config import Align, Causal, Decoder, Dpo, Features, Joint, Newsroom, Run, Sft
 
 
 def newsroom() -> Run:
@@ -31,10 +31,8 @@ def newsroom() -> Run:
             group_size=5,
             beta=0.15,
             learning_rate=2e-4,
-            evaluate_every=16,
-            samples=2048,
-            kl=1.0,
         ),
+        align=Align(evaluate_every=16, samples=2048, kl=1.0),
         checkpoint_every=200,
     )
 
@@ -54,15 +52,8 @@ def smoke() -> Run:
         causal=dataclasses.replace(newsroom().causal, draws=32),
         decoder=Decoder(width=16, layers=1, heads=2, vocabulary=200, length=24),
         sft=Sft(steps=20, batch=32, learning_rate=1e-2),
-        dpo=Dpo(
-            steps=10,
-            groups=8,
-            evaluate_every=5,
-            samples=64,
-            learning_rate=1e-3,
-            kl=0.05,
-            accept_risk=True,  # a toy log identifies nothing
-        ),
+        align=Align(evaluate_every=5, samples=64, kl=0.05, accept_risk=True),  # a toy log identifies nothing
+        dpo=Dpo(steps=10, groups=8, learning_rate=1e-3),
         joint=Joint(rows=64, warm_rows=300, draws=8),
         checkpoint_every=10,
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from deconfound_jax.config import Causal, Decoder, Dpo, Features, LogsSource, Run, Sft, Split
+from deconfound_jax.config import Align, Causal, Decoder, Dpo, Features, LogsSource, Lora, Policy, Run, Sft, Split
 from deconfound_jax.structs import Roles
 
 
@@ -41,7 +41,8 @@ def upworthy() -> Run:
         decoder=Decoder(width=128, layers=4, heads=4, vocabulary=2000, length=32),
         features=Features(source="minilm", states="both", pooling="mean"),
         sft=Sft(steps=500, batch=64, learning_rate=2e-3),
-        dpo=Dpo(steps=100, groups=16, group_size=4, beta=0.2, learning_rate=5e-5, evaluate_every=50, samples=256),
+        align=Align(evaluate_every=50, samples=256, equal_texts="drop"),  # one headline under two images is two rows
+        dpo=Dpo(steps=100, groups=16, group_size=4, beta=0.2, learning_rate=5e-5),
     )
 
 
@@ -56,15 +57,9 @@ def upworthy_smoke() -> Run:
         decoder=Decoder(width=16, layers=1, heads=2, vocabulary=300, length=24),
         features=Features(source="tokens", states="embeddings", pooling="mean"),
         sft=Sft(steps=10, batch=16, learning_rate=1e-2),
-        dpo=Dpo(
-            steps=6,
-            groups=4,
-            group_size=4,
-            evaluate_every=3,
-            samples=16,
-            learning_rate=1e-3,
-            accept_risk=True,  # a toy log identifies nothing
-        ),
+        # A toy log identifies nothing.
+        align=dataclasses.replace(full.align, evaluate_every=3, samples=16, accept_risk=True),
+        dpo=Dpo(steps=6, groups=4, group_size=4, learning_rate=1e-3),
         checkpoint_every=5,
     )
 
@@ -78,4 +73,25 @@ def logs() -> Run:
         logs=LogsSource(),
         causal=Causal(response="empirical_logit", draws=256),
         features=Features(source="tokens", states="both", pooling="mean"),
+    )
+
+
+def upworthy_smollm2() -> Run:
+    """SmolLM2-135M-Instruct with adapters on Upworthy's one-arm log, judged on held-out randomized arms.
+
+    command   python -m experiments.fetch_weights smollm2   # prints the file's path
+              python -m experiments.align --preset upworthy_smollm2 --logs PATH/packages.parquet \\
+                  --policy.source FILE.gguf --workdir runs/upworthy_smollm2
+    hardware  two CPU cores, no accelerator
+    time      within 60 minutes
+    """
+    full = upworthy()
+    return dataclasses.replace(
+        full,
+        name="upworthy_smollm2",
+        logs=dataclasses.replace(full.logs, one_arm_logs=1, observational=""),
+        policy=Policy(source="HuggingFaceTB/SmolLM2-135M-Instruct", prompt="Headline:", length=32),
+        align=Align(lora=Lora(rank=16), evaluate_every=100, samples=64, equal_texts="drop"),
+        dpo=Dpo(steps=200, groups=8, group_size=4, beta=0.1, learning_rate=2e-4),
+        checkpoint_every=50,
     )

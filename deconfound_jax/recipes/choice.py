@@ -1,0 +1,57 @@
+"""A recipe by its config: one way in for scripts that offer all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deconfound_jax.align.scoring import TextReward
+from deconfound_jax.causal.reward import Reward
+from deconfound_jax.config import Align, Dpo, Dro, Features, Grpo, Kto, Run, Top
+from deconfound_jax.models.decoder import Decoder
+from deconfound_jax.recipes.preference import align_dpo, dpo_stage
+from deconfound_jax.recipes.rounds import align_grpo, grpo_stage
+from deconfound_jax.recipes.singles import align_singles, single_stage
+from deconfound_jax.recipes.stage import Record, Stage
+from deconfound_jax.recipes.texts import Texts
+
+Config = Dpo | Top | Kto | Dro | Grpo
+
+
+def config_of(run: Run) -> Config:
+    """The knobs of the recipe that `run.align.recipe` names.
+
+    Raises:
+      ValueError: best-of-n, which trains nothing.
+    """
+    if run.align.recipe == "best_of_n":
+        raise ValueError("align.recipe: expected one that trains, got 'best_of_n'")
+    return {"dpo": run.dpo, "top": run.top, "kto": run.kto, "dro": run.dro, "grpo": run.grpo}[run.align.recipe]
+
+
+def stage_of(decoder: Decoder, config: Config, features: Features, dispatch: int = 1) -> Stage:
+    """The compiled step of a recipe; `features` are GRPO's, whose texts no log holds."""
+    if isinstance(config, Dpo):
+        stage = dpo_stage(decoder, config)
+    elif isinstance(config, Grpo):
+        stage = grpo_stage(decoder, config, features)
+    else:
+        stage = single_stage(decoder, config)
+    return stage.dispatched(dispatch)
+
+
+def align_policy(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, reward: Reward,
+                 anywhere: TextReward | None, config: Config, align: Align, seed: int, record: Record,
+                 evaluators=()) -> Any:  # fmt: skip
+    """Trains `reference` on a reward by the recipe that `config` is of; returns the policy, or its adapters.
+
+    Args:
+      reward: of the log's texts.
+      anywhere: the same reward of any text: only GRPO asks it.
+    """
+    if isinstance(config, Dpo):
+        return align_dpo(decoder, stage, reference, texts, reward, config, align, seed, record, evaluators)
+    if isinstance(config, Grpo):
+        if anywhere is None:
+            raise ValueError("anywhere: expected a reward of any text for grpo (`scoring.text_reward`), got None")
+        return align_grpo(decoder, stage, reference, anywhere, reward, config, align, seed, record, evaluators)
+    return align_singles(decoder, stage, reference, texts, reward, config, align, seed, record, evaluators)
