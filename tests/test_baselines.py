@@ -1,4 +1,4 @@
-"""Baselines without training: closed forms against least squares, LOWESS, pairs, augmentation, tuning, what is missing."""
+"""Baselines in closed form against least squares; LOWESS, pairs, augmentation, tuning, and what data lack."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from deconfound_jax.align.baselines.rrm import augmented, joint_features
 from deconfound_jax.align.baselines.table import BASELINES
 from deconfound_jax.align.baselines.tune import held_out_loss, tune
 from deconfound_jax.causal.fit import fit
-from deconfound_jax.config import Causal
-from deconfound_jax.config.baselines import Adam, Lowess
+from deconfound_jax.config import Adam, Causal, Lowess
 from deconfound_jax.structs import Design
 
 TRUE = np.array([0.3, 0.6, -0.3])
@@ -169,14 +168,15 @@ def test_lowess_on_quantiles_is_near_the_exact_curve_and_statsmodels_agrees():
 
 def test_calibration_takes_a_function_of_the_confounders_out():
     rng = np.random.default_rng(1)
-    c_n, level_n = rng.normal(size=300), rng.integers(4, size=300)
+    level_n = rng.integers(4, size=300)
+    c_n = rng.normal(size=300) + 0.5 * level_n
     kept_n = rng.normal(size=300)
     data = RewardData(np.zeros((300, 2)), c_n, numbers_nk=c_n[:, None], levels_nc=level_n[:, None])
     score_n = kept_n + 2 * c_n + np.array([0.0, 5.0, -3.0, 1.0])[level_n]
     found_n = calibrated(score_n, data, Lowess())
     assert found_n.mean() == pytest.approx(score_n.mean())
     assert max(abs(found_n[level_n == level].mean() - found_n.mean()) for level in range(4)) < 1e-6
-    assert abs(np.polyfit(c_n, found_n, 1)[0]) < 0.01 and np.corrcoef(found_n, kept_n)[0, 1] > 0.98
+    assert abs(np.polyfit(c_n, found_n, 1)[0]) < 0.03 and np.corrcoef(found_n, kept_n)[0, 1] > 0.98
     # By hand: a category alone leaves the deviation from its level's mean.
     hand = RewardData(np.zeros((4, 1)), np.zeros(4), levels_nc=np.array([[0], [0], [1], [1]]))
     np.testing.assert_allclose(calibrated(np.array([1.0, 3.0, 8.0, 4.0]), hand, Lowess()), [3.0, 5.0, 6.0, 2.0])

@@ -5,6 +5,7 @@ A knob exists in one place, with one comment saying why it is there. Presets
 """
 
 from deconfound_jax.config.align import Align, BestOfN, Dpo, Dro, Grpo, Joint, Kto, Lora, Sft, Top
+from deconfound_jax.config.baselines import Adam, CausalRewards, CausalRm, InfoRm, Lowess, Odin, Rrm
 from deconfound_jax.config.causal import Causal
 from deconfound_jax.config.logs import LogsSource, Split
 from deconfound_jax.config.models import Decoder, Features, Policy
@@ -14,22 +15,29 @@ from deconfound_jax.config.simulate import Newsroom
 from deconfound_jax.config.verdict import Checks
 
 __all__ = [
+    "Adam",
     "Align",
     "BestOfN",
     "Causal",
+    "CausalRewards",
+    "CausalRm",
     "Checks",
     "Decoder",
     "Dpo",
     "Dro",
     "Features",
     "Grpo",
+    "InfoRm",
     "Joint",
     "Kto",
     "LogsSource",
     "Lora",
+    "Lowess",
     "Newsroom",
+    "Odin",
     "Policy",
     "Report",
+    "Rrm",
     "Run",
     "Sft",
     "Split",

@@ -57,7 +57,7 @@ class Lowess:
 
     fraction: float = 2 / 3  # share of the rows in a neighbourhood; Cleveland's default
     points: int = 200  # places where the curve is computed, straight lines between; exact for fewer distinct values
-    sweeps: int = 3  # of backfitting, where there are several confounders
+    sweeps: int = 5  # of backfitting, where there are several confounders; entangled ones settle slowly
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from deconfound_jax.align.baselines.data import (
 )
 from deconfound_jax.align.baselines.linear import naive, on_target
 from deconfound_jax.causal.classical.arrays import row_weights, vector
-from deconfound_jax.config.baselines import Lowess
+from deconfound_jax.config import Lowess
 
 
 def lowess(y_n, x_n, weight_n=None, fraction: float = 2 / 3, points: int = 200) -> np.ndarray:

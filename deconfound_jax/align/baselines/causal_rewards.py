@@ -18,7 +18,7 @@ from deconfound_jax.align.baselines.data import (
 from deconfound_jax.align.baselines.pairs import form_pairs
 from deconfound_jax.align.baselines.training import Batch, starts, texts_of, train
 from deconfound_jax.align.losses.reward_model import bradley_terry
-from deconfound_jax.config.baselines import CausalRewards
+from deconfound_jax.config import CausalRewards
 
 
 def causal_rewards(data: RewardData, config: CausalRewards | None = None, key=None) -> RewardModel:
@@ -41,7 +41,7 @@ def causal_rewards(data: RewardData, config: CausalRewards | None = None, key=No
 
     Source: Wang et al. 2025 (2501.09620); Gretton et al. (2012), JMLR 13, for the distance.
     """
-    return _trained(objective, "causal_rewards", data, config, key)
+    return _trained("causal_rewards", 0.0, data, config, key)
 
 
 def conditional_causal_rewards(data: RewardData, config: CausalRewards | None = None, key=None) -> RewardModel:
@@ -54,23 +54,23 @@ def conditional_causal_rewards(data: RewardData, config: CausalRewards | None = 
 
     Arguments, errors and source as for `causal_rewards`.
     """
-    return _trained(conditional_objective, "conditional_causal_rewards", data, config, key)
+    return _trained("conditional_causal_rewards", 1.0, data, config, key)
 
 
 def objective(params, frozen, batch: Batch, key):
-    """Bradley-Terry with the distance between bins over all texts of the batch."""
-    reward_b2, per_pair = _rewards(params, batch)
-    weight_b2 = jnp.repeat(batch.examples.weight_p[:, None], 2, 1)
-    distance = _distance(reward_b2, batch.texts.controls_nk, frozen["alike_kk"], [weight_b2])
-    return per_pair, batch.examples.weight_p, frozen["strength"] * distance, {"mmd": distance}
-
-
-def conditional_objective(params, frozen, batch: Batch, key):
-    """Bradley-Terry with the distances among chosen and among rejected texts."""
-    reward_b2, per_pair = _rewards(params, batch)
-    label_p, weight_p = batch.examples.label_p, batch.examples.weight_p
-    chosen_b2 = weight_p[:, None] * jnp.stack([label_p, 1 - label_p], 1)
-    distance = _distance(reward_b2, batch.texts.controls_nk, frozen["alike_kk"], [chosen_b2, chosen_b2[:, ::-1]])
+    """Bradley-Terry, and the distance over all texts; `frozen["conditional"]` 1: among chosen and among rejected."""
+    texts, (_, label_p, weight_p) = batch
+    reward_b2 = texts.features_nd @ params["w_d"]
+    per_pair = bradley_terry(reward_b2[:, 0], reward_b2[:, 1], label_p)
+    label_b2 = jnp.stack([label_p, 1 - label_p], 1)
+    # The plain form is that all texts are of the first kind and none of the second.
+    first_b2 = weight_p[:, None] * jnp.where(frozen["conditional"] > 0, label_b2, 1.0)
+    second_b2 = weight_p[:, None] * jnp.where(frozen["conditional"] > 0, 1 - label_b2, 0.0)
+    kernel_mm = gaussian_kernel(reward_b2.reshape(-1))
+    distance = sum(
+        discrepancy(kernel_mm, _flat(weight_b2[..., None] * texts.controls_nk), frozen["alike_kk"])
+        for weight_b2 in (first_b2, second_b2)
+    )
     return per_pair, weight_p, frozen["strength"] * distance, {"mmd": distance}
 
 
@@ -113,7 +113,7 @@ def bins_of(data: RewardData, count: int) -> np.ndarray:
     return np.stack(found, 1) if found else np.zeros((len(weight_n), 0), int)
 
 
-def _trained(objective, name, data: RewardData, config: CausalRewards | None, key) -> RewardModel:
+def _trained(name: str, conditional: float, data: RewardData, config: CausalRewards | None, key) -> RewardModel:
     config = config or CausalRewards()
     bins_nc = bins_of(checked(data), config.bins)
     used_n = rows_used(data)
@@ -123,20 +123,12 @@ def _trained(objective, name, data: RewardData, config: CausalRewards | None, ke
     member_nk = np.concatenate([np.eye(bins_n.max() + 1)[bins_n] for bins_n in bins_nc.T], 1)
     owner_k = np.repeat(np.arange(bins_nc.shape[1]), bins_nc.max(0) + 1)
     texts, mean_d, sd_d = texts_of(data, member_nk)
-    knobs = {"strength": config.strength, "alike_kk": owner_k[:, None] == owner_k[None, :]}
+    alike_kk = owner_k[:, None] == owner_k[None, :]
+    knobs = {"strength": config.strength, "conditional": conditional, "alike_kk": alike_kk}
     params_r, key = starts(key, 1, {"w_d": ((len(mean_d),), 0.1 * len(mean_d) ** -0.5)})
     params, _ = train(objective, params_r, texts, pairs, knobs, config.adam, key)
     return linear_model(mean_d, sd_d, params["w_d"])
 
 
-def _rewards(params, batch: Batch):
-    reward_b2 = batch.texts.features_nd @ params["w_d"]
-    return reward_b2, bradley_terry(reward_b2[:, 0], reward_b2[:, 1], batch.examples.label_p)
-
-
-def _distance(reward_b2, member_b2k, alike_kk, weights_b2):
-    kernel_mm = gaussian_kernel(reward_b2.reshape(-1))
-    return sum(
-        discrepancy(kernel_mm, (weight_b2[..., None] * member_b2k).reshape(-1, member_b2k.shape[-1]), alike_kk)
-        for weight_b2 in weights_b2
-    )
+def _flat(member_b2k):
+    return member_b2k.reshape(-1, member_b2k.shape[-1])

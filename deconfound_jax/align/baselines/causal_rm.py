@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from deconfound_jax.align.baselines.data import (
 )
 from deconfound_jax.align.baselines.training import Batch, starts, texts_of, train
 from deconfound_jax.causal.classical.crossfit import group_folds, logistic_predictions
-from deconfound_jax.config.baselines import CausalRm
+from deconfound_jax.config import CausalRm
 
 
 class Feedback(NamedTuple):
@@ -51,7 +50,7 @@ def causal_rm_ips(data: RewardData, config: CausalRm | None = None, key=None) ->
 
     Source: 2603.18736.
     """
-    return _trained(ips_objective, "causal_rm_ips", data, config, key)
+    return _trained("causal_rm_ips", 0.0, data, config, key)
 
 
 def causal_rm_dr(data: RewardData, config: CausalRm | None = None, key=None) -> RewardModel:
@@ -63,7 +62,7 @@ def causal_rm_dr(data: RewardData, config: CausalRm | None = None, key=None) -> 
 
     Arguments, errors and source as for `causal_rm_ips`.
     """
-    return _trained(dr_objective, "causal_rm_dr", data, config, key)
+    return _trained("causal_rm_dr", 1.0, data, config, key)
 
 
 def denoised(loss_one, loss_zero, outcome, q01, q10):
@@ -84,19 +83,15 @@ def denoised(loss_one, loss_zero, outcome, q01, q10):
     return outcome * surrogate_one + (1 - outcome) * surrogate_zero
 
 
-def ips_objective(params, frozen, batch: Batch, key):
-    """(o / pi) l~ of each row."""
-    corrected_b, _ = _losses(params, frozen, batch)
+def objective(params, frozen, batch: Batch, key):
+    """(o / pi) l~ of each row; `frozen["doubly"]` 1: l^ + (o / pi) (l~ - l^)."""
     found = batch.examples
-    return found.observed_n / found.propensity_n * corrected_b, found.weight_n, 0.0, {}
-
-
-def dr_objective(params, frozen, batch: Batch, key):
-    """l^ + (o / pi) (l~ - l^) of each row."""
-    corrected_b, imputed_b = _losses(params, frozen, batch)
-    found = batch.examples
-    gap_b = found.observed_n / found.propensity_n * (corrected_b - imputed_b)
-    return imputed_b + gap_b, found.weight_n, 0.0, {}
+    reward_b = batch.texts.features_nd @ params["w_d"] + params["a"]
+    one_b, zero_b = -jax.nn.log_sigmoid(reward_b), -jax.nn.log_sigmoid(-reward_b)
+    corrected_b = denoised(one_b, zero_b, found.outcome_n, frozen["q01"], frozen["q10"])
+    imputed_b = frozen["doubly"] * (found.imputed_n * one_b + (1 - found.imputed_n) * zero_b)
+    per_row = imputed_b + found.observed_n / found.propensity_n * (corrected_b - imputed_b)
+    return per_row, found.weight_n, 0.0, {}
 
 
 def feedback(data: RewardData, config: CausalRm, baseline: str) -> Feedback:
@@ -128,20 +123,12 @@ def feedback(data: RewardData, config: CausalRm, baseline: str) -> Feedback:
     )
 
 
-def _trained(objective: Callable, name: str, data: RewardData, config: CausalRm | None, key) -> RewardModel:
+def _trained(name: str, doubly: float, data: RewardData, config: CausalRm | None, key) -> RewardModel:
     config = config or CausalRm()
     rows = feedback(checked(data), config, name)
     # The reward is of all texts, seen or not: so are mean and sd.
     texts, mean_d, sd_d = texts_of(data._replace(observed_n=None))
     params_r, key = starts(key, 1, {"w_d": ((len(mean_d),), 0.1 * len(mean_d) ** -0.5), "a": ((), 0.0)})
-    knobs = {"q01": config.q01, "q10": config.q10}
+    knobs = {"q01": config.q01, "q10": config.q10, "doubly": doubly}
     params, _ = train(objective, params_r, texts, rows, knobs, config.adam, key)
     return linear_model(mean_d, sd_d, params["w_d"])
-
-
-def _losses(params, frozen, batch: Batch):
-    """l~ and l^ of each row."""
-    reward_b = batch.texts.features_nd @ params["w_d"] + params["a"]
-    one_b, zero_b = -jax.nn.log_sigmoid(reward_b), -jax.nn.log_sigmoid(-reward_b)
-    imputed_b = batch.examples.imputed_n * one_b + (1 - batch.examples.imputed_n) * zero_b
-    return denoised(one_b, zero_b, batch.examples.outcome_n, frozen["q01"], frozen["q10"]), imputed_b

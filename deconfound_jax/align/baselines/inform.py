@@ -10,7 +10,7 @@ from deconfound_jax.align.baselines.data import RewardData, RewardModel, checked
 from deconfound_jax.align.baselines.pairs import form_pairs
 from deconfound_jax.align.baselines.training import Batch, starts, texts_of, train
 from deconfound_jax.align.losses.reward_model import bradley_terry
-from deconfound_jax.config.baselines import InfoRm
+from deconfound_jax.config import InfoRm
 
 
 def inform(data: RewardData, config: InfoRm | None = None, key=None) -> RewardModel:

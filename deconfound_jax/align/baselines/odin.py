@@ -11,7 +11,7 @@ from deconfound_jax.align.baselines.data import NotDefined, RewardData, RewardMo
 from deconfound_jax.align.baselines.pairs import form_pairs
 from deconfound_jax.align.baselines.training import Batch, starts, texts_of, train
 from deconfound_jax.align.losses.reward_model import bradley_terry
-from deconfound_jax.config.baselines import Odin
+from deconfound_jax.config import Odin
 
 CENTRED_FROM = 64  # width from which heads are centred over their entries before they are normalised
 RIDGE = 1e-6  # of the controls' correlation matrix: levels that a batch lacks leave zero columns

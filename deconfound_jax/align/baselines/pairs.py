@@ -9,7 +9,7 @@ from scipy.special import ndtr
 
 from deconfound_jax.align.baselines.data import NotDefined, RewardData, response, rows_used, weights
 from deconfound_jax.align.groups import form_groups, pair_index
-from deconfound_jax.config.baselines import Adam
+from deconfound_jax.config import Adam
 
 
 class PairRows(NamedTuple):

@@ -20,7 +20,7 @@ from deconfound_jax.align.baselines.data import (
 from deconfound_jax.align.baselines.pairs import PairRows, form_pairs
 from deconfound_jax.align.baselines.training import Batch, Texts, starts, train
 from deconfound_jax.align.losses.reward_model import bradley_terry
-from deconfound_jax.config.baselines import Rrm
+from deconfound_jax.config import Rrm
 
 
 class PromptPairs(NamedTuple):

@@ -12,8 +12,7 @@ from deconfound_jax.align.baselines.inform import inform
 from deconfound_jax.align.baselines.linear import covariate, naive, projection, residual
 from deconfound_jax.align.baselines.odin import odin
 from deconfound_jax.align.baselines.rrm import rrm
-from deconfound_jax.config import Causal
-from deconfound_jax.config.baselines import CausalRewards, CausalRm, InfoRm, Lowess, Odin, Rrm
+from deconfound_jax.config import Causal, CausalRewards, CausalRm, InfoRm, Lowess, Odin, Rrm
 
 
 class Baseline(NamedTuple):

@@ -14,7 +14,7 @@ import optax
 from deconfound_jax.align.baselines.data import RewardData, standardisation, weights
 from deconfound_jax.align.losses import weighted_mean
 from deconfound_jax.align.update import update_policy
-from deconfound_jax.config.baselines import Adam
+from deconfound_jax.config import Adam
 
 
 class Texts(NamedTuple):

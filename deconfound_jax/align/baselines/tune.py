@@ -10,7 +10,7 @@ import numpy as np
 from deconfound_jax.align.baselines.data import RewardData, RewardModel, checked, weights
 from deconfound_jax.align.baselines.pairs import PairRows, form_pairs
 from deconfound_jax.causal.classical.crossfit import group_folds
-from deconfound_jax.config.baselines import Adam
+from deconfound_jax.config import Adam
 
 SCALES = np.geomspace(1e-2, 1e2, 41)  # of a reward in units of its own spread over pairs
 
