@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from deconfound_jax.train import checkpoint
@@ -116,10 +117,17 @@ def _save(log: MetricsLog, folder: epath.Path, state: TrainState, done: int) -> 
     log.stop_clock()
 
 
+def _finite(params: Any) -> bool:
+    leaves = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    if jax.process_count() > 1:
+        return bool(_all_finite(leaves))
+    # A state that is saved comes to the host anyway: nothing needs to be compiled for it.
+    return all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves)
+
+
 @jax.jit
-def _finite(tree: Any) -> jax.Array:
-    floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in floating]))
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in leaves]))
 
 
 def _due(every: int, done: int, steps: int) -> bool:

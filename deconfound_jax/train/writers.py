@@ -69,4 +69,6 @@ def _module(name: str, package: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        if error.name != name:
+            raise  # it is there, and lacks something itself
         raise ModuleNotFoundError(f"this writer needs {package}: pip install {package}", name=name) from error
