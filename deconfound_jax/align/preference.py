@@ -67,11 +67,11 @@ def preference_objective(decoder: Decoder, loss: str = "sigmoid", normalise: boo
 
     def objective(params, frozen, batch: Pairs, key):
         knobs = read_knobs(frozen, chosen.knobs, loss)
+        if chosen.reference and batch.reference_bg is None:
+            raise ValueError(f"batch.reference_bg: expected log-probabilities, {loss} compares with them, got None")
         texts = batch.tokens_bgl, batch.prompt_bq
         score_bg = group_scores(decoder, variables_of(params, frozen), *texts).logprob.sum(-1)
         if chosen.reference:
-            if batch.reference_bg is None:
-                raise ValueError(f"batch.reference_bg: expected log-probabilities, {loss} compares with them, got None")
             score_bg = score_bg - batch.reference_bg
         if normalise or not chosen.reference:
             score_bg = per_token(score_bg, group_mask(*texts).sum(-1))

@@ -66,7 +66,7 @@ def robust_dpo(logratio_first_p, logratio_second_p, label_p, beta, noise):
 
         robust_dpo(h_a, h_b, prefer_p, beta=0.3, noise=0.1)
 
-    Source: Chowdhury et al. 2403.00409, eq. 12.
+    Source: Chowdhury et al. 2403.00409.
     """
     return dpo(logratio_first_p, logratio_second_p, (label_p - noise) / (1 - 2 * noise), beta)
 
@@ -82,7 +82,7 @@ def hinge(logratio_first_p, logratio_second_p, label_p, beta):
 
         hinge(h_a, h_b, prefer_p, beta=0.3)
 
-    Sources: Zhao et al. 2305.10425 (SLiC-HF); Liu et al. 2309.06657, eq. 10 (on log-ratios).
+    Sources: Zhao et al. 2305.10425 (SLiC-HF); Liu et al. 2309.06657 (on log-ratios).
     """
     margin_p = _margin(logratio_first_p, logratio_second_p, label_p, beta)
     return label_p * jax.nn.relu(1 - margin_p) + (1 - label_p) * jax.nn.relu(1 + margin_p)
@@ -118,7 +118,7 @@ def per_token(logratio_p, tokens_p):
 
         dpo(per_token(h_a, tokens_a), per_token(h_b, tokens_b), prefer_p, beta=3.0)
 
-    Source: Lambert et al. 2411.15124, eq. 6 (Tulu 3).
+    Source: Lambert et al. 2411.15124 (Tulu 3).
     """
     chex.assert_equal_shape([logratio_p, tokens_p])
     return logratio_p / jnp.maximum(tokens_p, 1)

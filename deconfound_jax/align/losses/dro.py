@@ -23,7 +23,7 @@ def dro(logratio_b, reward_b, value, tau):
 
         dro(h_b, reward_b, value=params["value"]["v"], tau=0.3)
 
-    Source: Richemond et al. 2405.19107, eq. 3.
+    Source: Richemond et al. 2405.19107.
     """
     chex.assert_rank([logratio_b, reward_b], 1)
     chex.assert_equal_shape([logratio_b, reward_b])

@@ -28,7 +28,7 @@ def kto(logratio_b, label_b, beta, reference_point, desirable=1.0, undesirable=1
 
         kto(h_b, prefer_b, beta=0.3, reference_point=reference_point(h_b, weight_b))
 
-    Source: Ethayarajh et al. 2402.01306, eq. 8.
+    Source: Ethayarajh et al. 2402.01306.
     """
     chex.assert_rank([logratio_b, label_b], 1)
     chex.assert_equal_shape([logratio_b, label_b])
@@ -44,6 +44,6 @@ def reference_point(logratio_b, weight_b):
         logged texts themselves where there are no prompts, the log's own drift.
       weight_b: (b,) >= 0.
 
-    Source: Ethayarajh et al. 2402.01306, section 4.1.
+    Source: Ethayarajh et al. 2402.01306.
     """
     return jax.lax.stop_gradient(jnp.maximum(weighted_mean(logratio_b, weight_b), 0.0))

@@ -18,7 +18,7 @@ def outcome_weights(draws_sb, weight_b, tau):
 
     Args:
       draws_sb: (s, b) joint draws of the texts' rewards.
-      weight_b: (b,) omega >= 0, rows counted so often.
+      weight_b: (b,) omega >= 0, not all 0: rows counted so often.
       tau: reward per nat; small picks few texts, see `effective_size`.
     Returns:
       (b,) w, of weighted mean 1: multiply it into the weight.

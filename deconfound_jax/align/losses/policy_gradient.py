@@ -33,13 +33,14 @@ def standardised(reward_bg, weight_bg):
     centred_bg = centred(reward_bg, weight_bg)
     total_b1 = jnp.maximum(weight_bg.sum(1, keepdims=True), jnp.finfo(reward_bg.dtype).tiny)
     variance_b1 = (weight_bg * centred_bg**2).sum(1, keepdims=True) / total_b1
-    return centred_bg / (jnp.sqrt(variance_b1) + _SD_FLOOR)
+    differ_b1 = variance_b1 > 0  # else the root's slope is infinite
+    return centred_bg / (jnp.sqrt(jnp.where(differ_b1, variance_b1, 1.0)) + _SD_FLOOR)
 
 
 def centred(reward_bg, weight_bg):
     """Dr.GRPO's advantage: A = r - mean over a text's group. Arguments as `standardised`'s; the reward's unit.
 
-    Source: Liu et al. 2503.20783, section 3.2.
+    Source: Liu et al. 2503.20783.
     """
     chex.assert_rank([reward_bg, weight_bg], 2)
     chex.assert_equal_shape([reward_bg, weight_bg])
@@ -57,7 +58,7 @@ def leave_one_out(reward_bg, weight_bg):
     One text of a row of weight 2 is compared with its double, too. A group of W <= 1 has no others: 0.
     Arguments as `standardised`'s; the reward's unit.
 
-    Sources: Kool et al. 2019; Ahmadian et al. 2402.14740, eq. 8.
+    Sources: Kool et al. 2019; Ahmadian et al. 2402.14740.
     """
     total_b1 = weight_bg.sum(1, keepdims=True)
     factor_b1 = jnp.where(total_b1 > 1, total_b1 / jnp.where(total_b1 > 1, total_b1 - 1, 1.0), 0.0)
@@ -112,7 +113,7 @@ def dr_grpo(logprob_bgl, old_bgl, advantage_bg, mask_bgl, clip, length):
     Returns:
       (b, g) the advantage's unit.
 
-    Source: Liu et al. 2503.20783, eq. 3.
+    Source: Liu et al. 2503.20783.
     """
     surrogate_bgl = _token_surrogate(logprob_bgl, old_bgl, advantage_bg, mask_bgl, clip)
     return surrogate_bgl.sum(-1) / length
@@ -130,7 +131,7 @@ def rloo(logprob_bgl, old_bgl, advantage_bg, mask_bgl, clip):
     Returns:
       (b, g) the advantage's unit.
 
-    Source: Ahmadian et al. 2402.14740, eq. 8, with PPO's clip for texts that an older policy drew.
+    Source: Ahmadian et al. 2402.14740, with PPO's clip for texts that an older policy drew.
     """
     logratio_bgl = _masked_difference(logprob_bgl, old_bgl, advantage_bg, mask_bgl)
     return ppo_clip(logratio_bgl.sum(-1), advantage_bg, clip)

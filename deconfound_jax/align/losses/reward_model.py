@@ -30,7 +30,7 @@ def bradley_terry(reward_first_p, reward_second_p, label_p, margin=0.0, centerin
 
         bradley_terry(r_a, r_b, prefer_p, centering=0.01)
 
-    Sources: Bradley and Terry 1952; Touvron et al. 2307.09288, eq. 2 (margin); Eisenstein et al. 2312.09244, eq. 3
+    Sources: Bradley and Terry 1952; Touvron et al. 2307.09288, eq. 2 (margin); Eisenstein et al. 2312.09244
     (centering).
     """
     chex.assert_equal_shape([reward_first_p, reward_second_p, label_p])
