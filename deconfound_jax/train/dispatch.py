@@ -1,7 +1,9 @@
 """Several steps in one call of the compiled graph: the host's part is paid once for all of them.
 
-step = scan_steps(make_step(objective, optimizer), 8)
-state, metrics = step(state, frozen, stack_batches(batches, i, 8), key)     # every metric (8, ...)
+    step = scan_steps(make_step(objective, optimizer), 8)
+    state, metrics = step(state, frozen, stack_batches(batches, i, 8), key)     # every metric (8, ...)
+
+Rows, states and draws are those of single steps.
 """
 
 from __future__ import annotations
@@ -12,8 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from deconfound_jax.train.step import jit_step
 
 
 def scan_steps(step: Callable, dispatch: int) -> Callable:
@@ -30,7 +30,8 @@ def scan_steps(step: Callable, dispatch: int) -> Callable:
     def several(state, frozen, batches, key):
         return jax.lax.scan(lambda state, batch: step(state, frozen, batch, key), state, batches)
 
-    return jit_step(several)
+    # The step itself says how its state lies on a mesh.
+    return jax.jit(several, donate_argnums=0)
 
 
 def stack_batches(batches: Callable[[int], Any], start: int, dispatch: int) -> Any:
