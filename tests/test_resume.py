@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, whole):
 
 
 @pytest.mark.parametrize("dispatch", [1, 2])
-def test_what_is_not_finite_stops_the_run_and_names_its_rows(tmp_path, dispatch):
+def test_what_is_not_finite_stops_the_run_and_names_its_rows(tmp_path, whole, dispatch):
     def poisoned(i):
         x_bd, y_b = batches(i)
         return (x_bd, y_b * np.float32("inf")) if i == 6 else (x_bd, y_b)
@@ -181,6 +181,8 @@ def test_what_is_not_finite_stops_the_run_and_names_its_rows(tmp_path, dispatch)
     assert states(tmp_path) == ["4"], "the last state on disk is finite"
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 8)) and rows[-1]["loss"] is None
+    train(tmp_path, dispatch=dispatch)
+    assert rows_of(tmp_path) == rows_of(whole[0]) and not (tmp_path / "nonfinite.json").exists(), "mended"
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):

@@ -81,10 +81,12 @@ def test_writers_get_what_the_file_gets(tmp_path):
     log = MetricsLog(tmp_path, "fit", writers=[got.extend])
     log.keep(2, 2, {"loss": [1.0, 0.5], "pair": [[1.0, float("nan")], [2.0, 3.0]]}, 0)
     log.flush()
-    log.evaluate([lambda state, done: {"kl": state}], 0.25, 2)
+    log.evaluate([lambda state, done: {"kl": state}, lambda state, done: {"share": 2 * state}], 0.25, 2)
+    assert (log.newest["loss"], log.newest["kl"], log.newest["share"]) == (0.5, 0.25, 0.5)
     assert got == read_metrics(tmp_path)
     assert [(row["step"], row.get("loss"), row.get("pair"), row.get("kl")) for row in got] == [
-        (1, 1.0, [1.0, None], None), (2, 0.5, [2.0, 3.0], None), (2, None, None, 0.25)
+        (1, 1.0, [1.0, None], None), (2, 0.5, [2.0, 3.0], None), (2, None, None, 0.25),
+        (2, None, None, None)
     ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ Row = Mapping[str, Any]
 Writer = Callable[[Sequence[Row]], None]  # rows as they were appended; see `train.writers`
 
 WATCHED = ("loss", "grad_norm")  # a run stops where one of these is not finite
+_STOPPED = "nonfinite.json"
 _PATIENCE = 10.0  # seconds after which rows are fetched though nothing asks for them
 
 
@@ -66,6 +67,7 @@ class MetricsLog:
             lines = lines[: mine[-1] + 1] if mine else lines[: next(beyond, len(lines))]
         if writes():
             write_whole(self.path, "".join(line + "\n" for line in lines))
+            (self.folder / _STOPPED).unlink(missing_ok=True)  # what it tells of is tried again, or was mended
 
     def start_clock(self) -> None:
         """Before a dispatch: the rate counts the time from here to the next flush, evaluations and saves left out."""
@@ -111,7 +113,7 @@ class MetricsLog:
         keys = None if self._keys is None else np.asarray(self._keys(batch)).tolist()
         record = {"stage": self.name, "step": row["step"], "batch": batch, "what": what, "row_keys": keys,
                   "metrics": {k: _said(v) for k, v in row.items() if k not in ("name", "step", "clock")}}  # fmt: skip
-        path = self.folder / "nonfinite.json"
+        path = self.folder / _STOPPED
         if writes():
             write_whole(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
         raise NonFinite(f"stage {self.name!r}: {what} not finite after step {row['step']}, on batch {batch}; {path} "
@@ -120,9 +122,10 @@ class MetricsLog:
     def evaluate(self, evaluators: Iterable[Callable], state: Any, done: int) -> None:
         """Writes a row of what each evaluator finds."""
         for evaluator in evaluators:
-            self._found = jax.device_get(dict(evaluator(state, done)))
+            found = jax.device_get(dict(evaluator(state, done)))
             clock = time.monotonic() - self._began
-            self._append([{"name": self.name, "step": done, "eval": True, **self._found, "clock": clock}])
+            self._append([{"name": self.name, "step": done, "eval": True, **found, "clock": clock}])
+            self._found = {**self._found, **found}
             self.stop_clock()
 
     @property
