@@ -147,6 +147,10 @@ def test_inform_by_hand():
     kl = 0.5 * (np.exp(log_variance) + mean**2 - 1 - log_variance)
     np.testing.assert_allclose(per_pair, bt(reward) + 0.2 * kl.sum((1, 2)), rtol=1e-9)
     assert penalty == 0
+    # At use the code is its mean, of features in their own units.
+    model = inform.model_of(params, np.full(D, 2.0), np.full(D, 0.5))
+    at_mean = np.tanh(mean[:, 0] @ params["hidden_hj"] + params["bias_j"]) @ params["out_j"]
+    np.testing.assert_allclose(model.score(2 + 0.5 * TEXTS.features_nd[:, 0]), at_mean, rtol=1e-5)
 
 
 def test_causal_rm_by_hand():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,10 +135,19 @@ def test_causal_rm_takes_selection_and_noise_out(selected):
     ):
         found = slopes(baseline, rows, known)
         assert abs(found[0]) < 0.12 and abs(found[1] - full[1]) < 0.17, (name, found, full)
-    estimated = causal_rm.feedback(data._replace(propensity_n=None), dataclasses.replace(none, clip=0.4), "x")
-    assert estimated.propensity_n.min() >= 0.4 and estimated.propensity_n.mean() == pytest.approx(
-        data.observed_n.mean(), abs=0.05
-    )
+
+
+def test_feedback_estimates_clips_and_imputes(selected):
+    data, liked = selected
+    clean, noisy = (causal_rm.feedback(data, config, "x") for config in (CausalRm(0.2, 0.1, clip=0.4), CausalRm()))
+    np.testing.assert_allclose(clean.imputed_n, np.clip((noisy.imputed_n - 0.1) / 0.7, 0, 1))
+    c = data.numbers_nk[:, 0]
+    for of in (c > 1, c < -1):  # by confounder: the imputation saw the rows that were seen, and c
+        assert clean.imputed_n[of].mean() == pytest.approx(liked[of].mean(), abs=0.06)
+    np.testing.assert_allclose(clean.propensity_n, np.maximum(data.propensity_n, 0.4))
+    assert (clean.outcome_n[data.observed_n == 0] == 0).all()
+    estimated = causal_rm.feedback(data._replace(propensity_n=None), CausalRm(), "x").propensity_n
+    assert estimated.mean() == pytest.approx(data.observed_n.mean(), abs=0.05)
 
 
 def _logistic(x_nd, y_n):

@@ -43,10 +43,14 @@ def inform(data: RewardData, config: InfoRm | None = None, key=None) -> RewardMo
     }  # fmt: skip
     params_r, key = starts(key, 1, shapes)
     params, _ = train(objective, params_r, texts, pairs, {"beta": config.beta}, config.adam, key)
-    # The mean code is linear in z, so the decoder's first layer absorbs it.
+    return model_of(params, mean_d, sd_d)
+
+
+def model_of(params, mean_d, sd_d) -> RewardModel:
+    """The reward at the mean code, which is linear in z: the decoder's first layer absorbs it."""
     hidden_dj = params["mean_dh"] @ params["hidden_hj"]
     bias_j = params["shift_h"] @ params["hidden_hj"] + params["bias_j"]
-    return RewardModel(mean_d, sd_d, np.zeros(width), hidden_dj, bias_j, params["out_j"])
+    return RewardModel(mean_d, sd_d, np.zeros(len(mean_d)), hidden_dj, bias_j, params["out_j"])
 
 
 def objective(params, frozen, batch: Batch, key):
