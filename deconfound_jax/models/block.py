@@ -20,6 +20,7 @@ from flax import linen as nn
 
 from deconfound_jax.config import Decoder as DecoderConfig
 from deconfound_jax.models.layers import Dense, Norm, attention, causal_mask, head_width, rotate, whole_rows
+from deconfound_jax.models.rows import keep_rows
 
 # Each saves attention's work, down to a half of it, and costs a compilation and a copy of the layer's gradient.
 _SPANS = 2
@@ -61,7 +62,7 @@ class Block(nn.Module):
           segments: None, or (segments, positions) (b, l) each, see `Decoder.__call__`.
           local: () bool, whether this layer has a window.
         """
-        c, length = self.config, x_bld.shape[1]
+        c, length, x_bld = self.config, x_bld.shape[1], keep_rows(x_bld)
         keys = self.keys_values(x_bld, tables, local)
         if not c.chunk or c.chunk >= length or self.is_initializing():
             return self.attend(x_bld, *keys, tables, segments, local, 0, length), None

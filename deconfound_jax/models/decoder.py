@@ -23,6 +23,7 @@ from flax import linen as nn
 from deconfound_jax.config import Decoder as DecoderConfig
 from deconfound_jax.models.block import Block
 from deconfound_jax.models.layers import NEVER, Norm, cast, param_dtype, rotary
+from deconfound_jax.models.rows import gather_table, keep_rows
 from deconfound_jax.models.tokenizer import PAD
 
 COLLECTIONS = ("params", "lora")  # what belongs to a layer, stacked over the layers
@@ -87,10 +88,11 @@ class Decoder(nn.Module):
         c, length = self.config, tokens_bl.shape[1]
         if positions_bl is None and length > c.length:
             raise ValueError(f"tokens: expected at most Decoder.length = {c.length} positions, got {length}")
-        x_bld = self.embed_tokens(jnp.maximum(tokens_bl, 0)) * jnp.asarray(c.embedding_scale, cast(c))
+        x_bld = jnp.take(gather_table(self.embed_tokens.embedding), jnp.maximum(tokens_bl, 0), axis=0)
+        x_bld = x_bld * jnp.asarray(c.embedding_scale, cast(c))
         if c.positions == "learned":
             x_bld = x_bld + (self.positions[None, :length] if positions_bl is None else self.positions[positions_bl])
-        return x_bld
+        return keep_rows(x_bld)
 
     def read(self, x_bld, positions_bl=None, segments_bl=None):
         """Embedded tokens at the left edge of their rows -> normed states of the last layer."""
