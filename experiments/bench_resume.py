@@ -70,9 +70,9 @@ def run(config: BenchResume, workdir) -> dict[str, Any]:
       while a state was being saved, `resume.damaged_refused`; sentences under `failed`.
     """
     workdir = epath.Path(workdir).absolute()
-    if workdir.exists():
-        workdir.rmtree()
-    workdir.mkdir(parents=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    for former in ("whole", *(f"chain{chain}" for chain in range(config.chains))):
+        (workdir / former).rmtree(missing_ok=True)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     expected = train(config, workdir / "whole")
