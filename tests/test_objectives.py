@@ -1,4 +1,4 @@
-"""Objectives: what they hand to the losses, by hand on a table of token scores; with and without prompts on a decoder.
+"""Objectives: what they hand to the losses, by hand on a table of token scores.
 
 The table is a language model whose context is the prompt alone: log p(token) = table[token] * sum(prompt) / 10.
 """
@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deconfound_jax import config
 from deconfound_jax.align import preference, rollouts, scored
-from deconfound_jax.align.logprobs import Scores, group_mask, group_scores
+from deconfound_jax.align.logprobs import Scores, group_mask
 from deconfound_jax.align.losses import weighted_mean
-from deconfound_jax.models.decoder import Decoder
-from deconfound_jax.models.lora import init_lora
 from deconfound_jax.models.tokenizer import PAD
 from deconfound_jax.structs import Pairs, Rollouts, Scored
 
@@ -31,12 +28,9 @@ KNOBS = {"beta": 0.3, "noise": 0.1, "margin": 0.5, "strength": 0.4, "tau": 0.5, 
 LABEL, WEIGHT = np.float32([[0.9, 0.2, 0.5], [1.0, 0.0, 0.7]]), np.float32([[1, 2, 0], [1, 0.5, 1]])
 REWARD = np.float32([[1.0, -0.5, 0.3], [0.2, 0.7, -2.0]])
 REFERENCE = np.float32([[-5, -3, -6], [-7, -5, -4]])
-GROUPS = ("sigmoid", "conservative", "robust", "hinge", "ipo", "simpo", "orpo")
 
 
 def by_table(decoder, variables, tokens_bgl, prompt_bq=None):
-    if decoder is not None:
-        return group_scores(decoder, variables, tokens_bgl, prompt_bq)
     assert set(variables) == {"table"}, "a decoder gets the policy's variables alone"
     mask = group_mask(tokens_bgl, prompt_bq)
     targets = tokens_bgl[..., -mask.shape[-1] :]
@@ -93,8 +87,8 @@ def test_every_pair_of_a_group_with_its_label_and_weight(table, prompt):
     ratio = logprobs(prompt=prompt) - REFERENCE
     margins = np.concatenate([[h[0] - h[1], h[0] - h[2], h[1] - h[2]] for h in ratio])
     label, expected = LABEL.ravel(), 0.3 * margins
-    np.testing.assert_allclose(loss, -label * np.log(sigmoid(expected)) - (1 - label) * np.log(sigmoid(-expected)),
-                               rtol=1e-5)  # fmt: skip
+    by_hand = -label * np.log(sigmoid(expected)) - (1 - label) * np.log(sigmoid(-expected))
+    np.testing.assert_allclose(loss, by_hand, rtol=1e-5)
     np.testing.assert_array_equal(weight, WEIGHT.ravel())
     assert penalty == 0
     agree = (WEIGHT.ravel() * ((margins > 0) == (label > 0.5))).sum() / WEIGHT.sum()
@@ -205,11 +199,11 @@ def test_dr_cpo_weighs_its_two_sides_alike(table):
     assert metrics["effective"] == pytest.approx(1 / (share**2).sum(), rel=1e-5)
 
 
-def sampled(reward=REWARD, weight=WEIGHT, prompt=None):
+def sampled(reward=REWARD):
     mask = TEXTS != PAD
-    old = np.where(mask, TABLE[TEXTS] + 0.15 * np.cos(TEXTS), 0).astype(np.float32)
+    old = np.where(mask, TABLE[TEXTS] + 0.4 * np.cos(TEXTS), 0).astype(np.float32)
     reference = np.where(mask, OTHER[TEXTS] + 0.3, 0).astype(np.float32)
-    return Rollouts(WHOLE if prompt is None else TEXTS, old, reference, reward, weight, prompt)
+    return Rollouts(WHOLE, old, reference, reward, WEIGHT)
 
 
 def advantages(reward, kind):
@@ -243,7 +237,7 @@ def test_policy_gradients_by_hand(table, kind, estimator):
     assert metrics["kl"] == pytest.approx((WEIGHT * kl).sum() / WEIGHT.sum(), rel=1e-5)
     assert metrics["reward"] == pytest.approx((WEIGHT * REWARD).sum() / WEIGHT.sum(), rel=1e-5)
     outside = (WEIGHT[..., None] * (mask & (np.abs(np.exp(new - old) - 1) > 0.2))).sum()
-    assert metrics["clipped"] == pytest.approx(outside / (WEIGHT * LENGTHS).sum(), rel=1e-5) or outside == 0
+    assert metrics["clipped"] == pytest.approx(outside / (WEIGHT * LENGTHS).sum(), rel=1e-5) and outside > 0
     assert metrics["entropy"] == pytest.approx(1.5)
 
 
@@ -275,34 +269,3 @@ def test_what_is_missing_is_named():
         preference.preference_objective(None)({}, KNOBS, pairs, None)
     with pytest.raises(ValueError, match="'reference' or 'base' for kto's z0"):
         scored.kto_objective(None)({}, {"beta": 1.0}, PROMPTED, None)
-
-
-DECODER = Decoder(config.Decoder(width=8, layers=1, heads=2, length=8), VOCABULARY)
-
-
-@functools.cache
-def adapters():
-    base = jax.jit(DECODER.init)(jax.random.key(0), WHOLE[:, 0])
-    rng, lora = np.random.default_rng(1), init_lora(jax.random.key(1), base, rank=2)
-    return base, jax.tree.map(lambda leaf: np.float32(leaf + 0.3 * rng.normal(size=leaf.shape)), lora)
-
-
-def test_texts_behind_begin_are_whole_texts_and_adapters_alone_have_a_gradient():
-    objective, (base, lora) = preference.preference_objective(DECODER), adapters()
-
-    def loss(params, base, texts, prompt=None):
-        batch = Pairs(texts, REFERENCE, LABEL, WEIGHT, prompt)
-        per_example, weight, *_ = objective(params, KNOBS | {"base": base}, batch, None)
-        return weighted_mean(per_example, weight)
-
-    whole = jax.jit(loss)({"lora": lora}, base, WHOLE)
-    packed, gradient = jax.jit(jax.value_and_grad(loss))({"lora": lora}, base, TEXTS, PROMPT[:, :1])
-    np.testing.assert_allclose(packed, whole, rtol=1e-4)
-    assert set(gradient) == {"lora"} and all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(gradient))
-
-
-def test_which_tokens_of_a_group_are_scored():
-    np.testing.assert_array_equal(group_mask(WHOLE), TEXTS != PAD)
-    np.testing.assert_array_equal(group_mask(TEXTS, PROMPT), TEXTS != PAD)
-    left = np.array([[[PAD, PAD, 1, 7]]])  # BEGIN is given, not scored
-    np.testing.assert_array_equal(group_mask(left), [[[False, False, True]]])

@@ -169,4 +169,4 @@ def _with_mismatched(decoder, variables, frozen, batch: Scored):
     both_bgl = jnp.stack([batch.tokens_bl, other_bl], 1)
     logprob_bg = group_scores(decoder, variables, both_bgl, batch.prompt_bq).logprob.sum(-1)
     other_b = logprob_bg[:, 1] - _logprob(decoder, reference, other_bl, batch.prompt_bq)
-    return logprob_bg[:, 0] - batch.reference_b, jax.lax.stop_gradient(other_b)
+    return logprob_bg[:, 0] - batch.reference_b, other_b

@@ -21,7 +21,7 @@ def outcome_weights(draws_sb, weight_b, tau):
       weight_b: (b,) omega >= 0, not all 0: rows counted so often.
       tau: reward per nat; small picks few texts, see `effective_size`.
     Returns:
-      (b,) w, of weighted mean 1: multiply it into the weight.
+      (b,) w, of weighted mean 1, 0 where omega is: multiply it into the weight.
 
         outcome_weights(reward.draws_sn, np.ones(n), tau=reward.mean.std())
 
@@ -29,7 +29,7 @@ def outcome_weights(draws_sb, weight_b, tau):
     """
     chex.assert_rank([draws_sb, weight_b], [2, 1])
     chex.assert_equal_shape_suffix([draws_sb, weight_b], 1)
-    score_sb = draws_sb / tau
+    score_sb = jnp.where(weight_b[None] > 0, draws_sb / tau, -jnp.inf)
     total_s1 = jax.nn.logsumexp(score_sb, axis=1, b=weight_b[None], keepdims=True)
     return jnp.exp(score_sb - total_s1).mean(0) * weight_b.sum()
 
