@@ -1,4 +1,4 @@
-"""What holds for every test: a cache of compilations, strict shapes, warnings as errors; and the toy logs."""
+"""What holds for every test: short compilations and their cache, strict shapes, warnings as errors; the toy logs."""
 
 import os
 import pathlib
@@ -6,11 +6,26 @@ import pathlib
 import numpy as np
 import pytest
 
+# By environment, so that the processes that tests start have them too.
 # LAPACK's own threads fight over small matrices where cores are few: ten times the time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# A test compiles much and computes little: XLA's shortest way to code that runs takes a fifth of the time. One piece
+# of machine code a program, not 32: each has memory mappings of its own, Linux grants a process 65,530 and ends it.
+# `XLA_FLAGS= make test` compiles as for users.
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # level 0, but for the tests that ask for `optimized`
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-# Warnings that a third party forces, each with its reason; none is known.
-_ALLOWED = ()
+# Warnings that a third party forces, each with its reason.
+_ALLOWED = (
+    # Two workers share the cache, and its files are not written at once: JAX compiles what it finds half written.
+    "ignore:Error reading persistent compilation cache entry:UserWarning",
+)
 
 
 def pytest_configure(config):
@@ -18,10 +33,18 @@ def pytest_configure(config):
 
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     for line in ("error", *_ALLOWED):
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture
+def optimized():
+    """For tests that compute more than they compile, as NUTS does: half the time."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1")
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,7 @@ def case(entangled, clicks):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ["covariate", "covariate and week", "instrument"])
 def test_exact_agrees_with_nuts(case, name):
     prepared, design, nuts = case(name)
@@ -50,6 +51,7 @@ def test_exact_agrees_with_nuts(case, name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_laplace_agrees_with_nuts(case):
     prepared, design, nuts = case("counts")
     laplace = fit_prepared(prepared, design, Causal(draws=1000))
@@ -58,6 +60,7 @@ def test_laplace_agrees_with_nuts(case):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ["covariate and week", "instrument", "counts"])
 def test_svi_agrees_with_nuts_or_says_it_did_not_converge(case, name):
     prepared, design, nuts = case(name)
