@@ -109,7 +109,7 @@ def train(cases: Cases, data: Data, mesh, objective: str, precision: str) -> dic
         joint = Joint(rows=8 * cases.groups, warm_rows=16 * cases.groups, draws=16)
         batch = joint_batches(cases, data, joint)
         made = joint_step(data.prepared.spec, joint, dpo_objective(decoder), optimizer, fill_pairs("precision"))
-        step, causal = jit_step(made), init_causal(data.prepared.spec, batch(0).rows, joint)
+        step, causal = jit_step(made), init_causal(data.prepared.spec, _typed(batch(0).rows, precision), joint)
     state = init_state(params, optimizer, _typed(causal, precision), mesh)
     frozen = shard_state(_typed({"beta": np.float32(0.3)}, precision), mesh)
     key, part, losses = shard_state(jax.random.key(cases.seed), mesh), rows_of(mesh), []

@@ -119,7 +119,7 @@ def read_columns(path: str | pathlib.Path | Sequence[str | pathlib.Path], column
     with duckdb.connect(config={"autoinstall_known_extensions": "false"}) as connection:
         relation = "read_parquet($files, filename = true, file_row_number = true)"
         query = f"SELECT {quoted} FROM {relation} ORDER BY filename, file_row_number"
-        found = connection.execute(query, {"files": files}).fetchnumpy()
+        found = connection.execute(query, {"files": list(map(glob.escape, files))}).fetchnumpy()
     return _Columns({name: _whole(name, found[name]) for name in columns})
 
 

@@ -45,9 +45,10 @@ def start(coordinator: str = "", processes: int = 0, index: int = -1, environmen
         address, count, number = str(given["coordinator"]), _number(given, "processes"), _number(given, "index")
         if not address or not 0 <= number < count:
             raise ValueError(f"hosts: expected coordinator, processes and 0 <= index < processes, got {given}")
-        _join(
-            coordinator_address=address, num_processes=count, process_id=number, cluster_detection_method="deactivate"
-        )
+        if count == 1:
+            return "one process"
+        asked = {"coordinator_address": address, "num_processes": count, "process_id": number}
+        _join(**asked, cluster_detection_method="deactivate")
         return f"process {number} of {count}, coordinator {address}"
     if environment.get("DECONFOUND_HOSTS") == "auto":
         _join()

@@ -14,6 +14,7 @@ Where arrays lie is all that a mesh changes: `jit` divides the work by it, and w
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -146,6 +147,7 @@ def check_rows(name: str, rows: int, mesh: Mesh, accumulate: int = 1) -> None:
         raise ValueError(f"{name}: expected a multiple of {shares * accumulate} rows ({mesh_text}{again}), got {rows}")
 
 
+@functools.lru_cache
 def rows_of(mesh: Mesh) -> tuple[int, int]:
     """(i, n): this process reads part i of the n equal parts of every batch. Processes between which a kernel is
     divided read the same part."""
