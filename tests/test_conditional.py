@@ -1,6 +1,8 @@
 """The algebra of blocks, levels and equations, against dense matrices in numpy and against the NumPyro model itself."""
 
+import functools
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +47,7 @@ def double():
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_collapsed_likelihood_is_the_dense_normal_density(spec):
-    rows, dense = _rows(spec), _dense(spec)
-    found = conditional.solve(spec, conditional.moments(spec, rows), _psi(spec))
+    found, dense = _solved(spec), _dense(spec)
     cov = dense.design @ np.diag(1 / dense.prior) @ dense.design.T + np.eye(len(dense.target))
     expected = dense.log_jacobian + scipy.stats.multivariate_normal.logpdf(dense.target, np.zeros(len(cov)), cov)
     np.testing.assert_allclose(found.log_likelihood, expected, rtol=1e-9)
@@ -54,15 +55,13 @@ def test_collapsed_likelihood_is_the_dense_normal_density(spec):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_mean_is_generalised_ridge(spec):
-    solution = conditional.solve(spec, conditional.moments(spec, _rows(spec)), _psi(spec))
-    found = _mean_sites(spec, solution)
-    precision, mean = _ridge(_dense(spec))
-    for name, span in _dense(spec).spans.items():
-        np.testing.assert_allclose(np.ravel(found[name]), mean[span], atol=1e-9, err_msg=name)
-    draws = jax.vmap(lambda key: conditional.draw(spec, solution, key))(jax.random.split(jax.random.key(0), 4000))
+    found, dense = _solved(spec), _dense(spec)
+    precision, mean = _ridge(dense)
+    for name, span in dense.spans.items():
+        np.testing.assert_allclose(np.ravel(found.mean[name]), mean[span], atol=1e-9, err_msg=name)
     sd = np.sqrt(np.diag(np.linalg.inv(precision)))
-    for name, span in _dense(spec).spans.items():
-        found_sd = np.asarray(draws[name]).reshape(4000, -1).std(0)
+    for name, span in dense.spans.items():
+        found_sd = np.asarray(found.draws[name]).reshape(4000, -1).std(0)
         np.testing.assert_allclose(found_sd, sd[span], rtol=0.06, err_msg=name)
 
 
@@ -71,8 +70,7 @@ def test_model_and_algebra_are_one_model(spec):
     """log p(y, theta | psi) - log p(theta | y, psi) = log p(y | psi) at any theta."""
     rows, dense, psi = _rows(spec), _dense(spec), _psi(spec)
     precision, mean = _ridge(dense)
-    expected = conditional.solve(spec, conditional.moments(spec, rows), psi).log_likelihood
-    observed = {"outcome": rows.outcome_n, "endogenous": rows.endogenous_nm}
+    expected = _solved(spec).log_likelihood
     single = {name for e in (None, *spec.equations) for _, name in gammas(spec, e)}
     for theta in np.random.default_rng(3).normal(size=(2, len(mean))):
         sites, log_scale = dict(psi), 0.0
@@ -83,8 +81,7 @@ def test_model_and_algebra_are_one_model(spec):
             scale = dense.prior[span] ** -0.5
             sites[f"{name}.raw"] = theta[span] / scale
             log_scale += np.log(scale).sum()
-        joint = log_density(causal_model, (spec, rows), observed, sites)[0] - log_scale
-        joint = joint - sum(s.prior.log_prob(psi[s.name]) for s in scalars(spec))
+        joint = _log_joint(spec, rows, sites) - log_scale
         square = (theta - mean) @ precision @ (theta - mean)
         posterior = 0.5 * (np.linalg.slogdet(precision / (2 * np.pi))[1] - square)
         np.testing.assert_allclose(joint - posterior, expected, rtol=1e-9)
@@ -103,7 +100,8 @@ def test_log_prior_is_that_of_half_normals_on_the_log_scale():
 def test_moments_of_two_halves_add_up():
     spec = SPECS["instruments and levels"]
     rows = _rows(spec)
-    parts = [conditional.moments(spec, rows.take(part)) for part in (slice(0, 11), slice(11, None), slice(None))]
+    moments = jax.jit(conditional.moments, static_argnums=0)
+    parts = [moments(spec, rows.take(part)) for part in (slice(0, 11), slice(11, None), slice(None))]
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a + b, c, atol=1e-10), *parts)
 
 
@@ -114,12 +112,10 @@ def test_absorbed_levels_equal_one_hot_columns():
     push = Block("instruments", 10, 12, 1.0)
     hot = spec._replace(blocks=(TEXT, HOUR, Block("week", 4, 10)), levels=(), instruments=push)
     psi = _psi(spec)
-    one = conditional.solve(spec, conditional.moments(spec, rows), psi)
-    two = conditional.solve(hot, conditional.moments(hot, rows._replace(columns_nq=columns)), psi)
+    one, two = _conditional(spec, rows, psi), _conditional(hot, rows._replace(columns_nq=columns), psi)
     np.testing.assert_allclose(one.log_likelihood, two.log_likelihood, rtol=1e-10)
-    found, expected = _mean_sites(spec, one), _mean_sites(hot, two)
-    for name in expected:
-        np.testing.assert_allclose(found[name], expected[name], atol=1e-10, err_msg=name)
+    for name in two.mean:
+        np.testing.assert_allclose(one.mean[name], two.mean[name], atol=1e-10, err_msg=name)
 
 
 def test_newton_finds_the_mode_and_its_gradient_is_right():
@@ -156,7 +152,7 @@ def test_newton_finds_the_mode_and_its_gradient_is_right():
 def test_model_draws_what_it_is_not_given(family):
     spec = SPECS["two endogenous"]._replace(family=family, categories=4 if family == "ordinal" else 0)
     rows = _rows(spec)._replace(exposure_n=np.full(24, 1.0 if family == "bernoulli" else 9.0))
-    outcome_n = seed_handler(causal_model, jax.random.key(0))(spec, rows)
+    outcome_n = seed_handler(causal_model, jax.random.key(0))(spec, rows)  # as one program: thrice the compiling
     assert outcome_n.shape == (24,)
     assert np.isfinite(outcome_n).all() and len(np.unique(outcome_n)) > 1
     top = {"bernoulli": 1, "binomial": 9, "beta_binomial": 9, "ordinal": 3}.get(family, np.inf)
@@ -164,8 +160,31 @@ def test_model_draws_what_it_is_not_given(family):
     assert not whole or ((outcome_n >= 0) & (outcome_n <= top) & (outcome_n == np.round(outcome_n))).all()
 
 
-def _mean_sites(spec, solution):
-    return conditional.sites(spec, solution, solution.mean_d, jnp.zeros_like(solution.level_linear_um))
+class Found(NamedTuple):
+    log_likelihood: jax.Array
+    mean: dict[str, jax.Array]  # of the coefficients by site
+    draws: dict[str, jax.Array]  # 4,000 of them
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _conditional(spec, rows, psi):
+    solution = conditional.solve(spec, conditional.moments(spec, rows), psi)
+    mean = conditional.sites(spec, solution, solution.mean_d, jnp.zeros_like(solution.level_linear_um))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    return Found(solution.log_likelihood, mean, jax.vmap(lambda key: conditional.draw(spec, solution, key))(keys))
+
+
+@functools.cache
+def _solved(spec):
+    return _conditional(spec, _rows(spec), _psi(spec))
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _log_joint(spec, rows, sites):
+    """log p(y, theta | psi), theta's coordinates as the model's sites."""
+    observed = {"outcome": rows.outcome_n, "endogenous": rows.endogenous_nm}
+    joint = log_density(causal_model, (spec, rows), observed, sites)[0]
+    return joint - sum(s.prior.log_prob(sites[s.name]) for s in scalars(spec))
 
 
 def _psi(spec):
