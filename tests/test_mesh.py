@@ -209,6 +209,28 @@ def test_eight_devices_are_one():
     assert cases["1x1x1.joint.fp64"]["collectives"] == {}
 
 
+def test_the_bench_names_every_bar_that_does_not_hold(monkeypatch, tmp_path):
+    """With losses made up: 1, 2 on one device, the second a little larger on four."""
+
+    def train(config, folder, meshes, processes):
+        kinds = {"1x1x1": {}, "4x1x1": {"all-reduce": 2}}
+        second = {"1x1x1": 2.0, "4x1x1": 2.0 + 2e-6 * processes}
+        return {f"{mesh}.dpo.{precision}": {"losses": [1.0, second[mesh]], "collectives": kinds[mesh]}
+                for mesh in meshes for precision in config.precisions}  # fmt: skip
+
+    monkeypatch.setattr(bench_mesh, "train", train)
+    config = bench_mesh.BenchMesh(meshes=("4x1x1",), objectives=("dpo",))
+    results = bench_mesh.run(config, tmp_path)
+    assert results["mesh.4x1x1.dpo.fp32"] == pytest.approx(1e-6)
+    assert (
+        results["mesh.max_rel_loss_difference.fp32"] == results["mesh.processes.4x1x1.dpo.fp32"] == pytest.approx(2e-6)
+    )
+    assert results["mesh.collectives.4x1x1"] == ["dpo: all-reduce 2"]
+    assert results["failed"] == ["fp64: losses differ by 2.0e-06, expected at most 1e-09"]
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert len(bench_mesh.tables(results, config)[0]) == 2
+
+
 def test_what_devices_may_send_each_other():
     def wrong(mesh, **counts):
         return len(
