@@ -4,14 +4,20 @@
 
 The newsroom's texts, 64 features (a decoder of width 63: summed input embeddings, and the length). One reference
 policy is trained on a log that no reward sees; each seed's log fits the rewards, and each seed's pool of the
-reference's samples gives best-of-n for every n at once. Two pools, both fixed before anything was measured: samples as
-the reference draws them, and hot ones (temperature 1.5), where texts leave the log's grammar and so the model.
+reference's samples gives best-of-n for every n at once. Two pools: samples as the reference draws them, and hot ones
+(temperature 1.5), where texts leave the log's grammar and so the model. Logs of 100 to 1,200 rows, both pools and
+kappa = 1 were fixed before anything was measured. The first measurement showed no over-optimisation at 300 rows; the
+preset's own log (4,000 rows) and the reward `wide`, whose prior hardly shrinks, were added then, to find where it is.
 
     share_n = (E truth(best of n) - E truth(reference)) / (E truth(best of 128 by the truth) - E truth(reference))
     drop    = (max_n share_n - share_128) / max_n share_n,   of the mean curve over seeds; error by the jackknife
 
 so a drop is a part of the largest gain over the reference. Where no n gains anything there is none: "no gain", which
 counts as over-optimised.
+
+Errors in a linear reward's coefficients flatten the truth's curve and inflate the promise, but on features near normal
+they do not turn it down: what does is misfit, here texts past the grammar's length. A posterior cannot know of that,
+so mean - kappa sd turns down, too; its sd is that of f against the log's mean text.
 """
 
 from __future__ import annotations
@@ -124,18 +130,23 @@ def bars(config: OverOptimisation, results: Mapping[str, Any]) -> list[str]:
         place = f"{BAR_ROWS} rows, deconfounded, temperature {temperature:g}"
         if drops["mean"] is not None and drops["mean"] < MEAN_DROPS:
             sizes = {m: over_optimised(config, results, temperature, m) for m in config.rewards}
-            where = "; ".join(f"{m} at {', '.join(map(str, rows)) or 'no size'}" for m, rows in sizes.items())
+            where = "; ".join(f"{m} at {', '.join(found) or 'no size'}" for m, found in sizes.items())
             drop = f"drop {drops['mean']:.3f}, bar {MEAN_DROPS}"
-            failed.append(f"{place}: the mean does not over-optimise ({drop}). It does: {where}")
+            failed.append(f"{place}: the mean does not over-optimise ({drop}). It does (drops of both scores): {where}")
         if drops["lower"] is None or drops["lower"] > LOWER_DROPS:
             failed.append(f"{place}: mean - kappa sd: drop {_words(drops['lower'])}, bar {LOWER_DROPS}")
     return failed
 
 
-def over_optimised(config: OverOptimisation, results: Mapping[str, Any], temperature: float, method: str) -> list[int]:
-    """Sizes of log at which the mean falls by MEAN_DROPS of its largest gain, or never gains."""
-    drops = {rows: results[f"{_prefix(config, temperature)}.{rows}.{method}.mean.drop"] for rows in config.rows}
-    return [rows for rows, drop in drops.items() if drop is None or drop >= MEAN_DROPS]
+def over_optimised(config: OverOptimisation, results: Mapping[str, Any], temperature: float, reward: str) -> list[str]:
+    """Rows of the logs at which the mean falls by MEAN_DROPS of its largest gain, or never gains; with both drops."""
+    found = []
+    for rows in config.rows:
+        key = f"{_prefix(config, temperature)}.{rows}.{reward}"
+        drops = [results[f"{key}.{score}.drop"] for score in SCORES]
+        if drops[0] is None or drops[0] >= MEAN_DROPS:
+            found.append(f"{rows} ({' and '.join(map(_words, drops))})")
+    return found
 
 
 def tables(config: OverOptimisation, results: Mapping[str, Any]) -> list[list[dict[str, Any]]]:

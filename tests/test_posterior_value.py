@@ -70,7 +70,7 @@ def test_bars_name_the_sizes_of_log_where_the_mean_over_optimises():
     assert found[f"{key}.mean.drop"] == pytest.approx(0.02) and found[f"{key}.mean.best_n"] == 2
     assert found[f"{key}.lower_minus_mean"] == pytest.approx(-0.02) and found[f"{key}.lower.wins_over_mean"] == 0
     lines = over.bars(config, found)
-    assert [("deconfounded at 100" in line, "0.060, bar 0.01" in line) for line in lines] == [(True, 0), (False, True)]
+    assert [("at 100 (0.600 and 0.000)" in line, "0.060, bar 0.01" in line) for line in lines] == [(1, 0), (0, 1)]
     assert over.bars(config, results({(300, "mean"): [0, 0.5, 0.4]})) == []
     with pytest.raises(ValueError, match=r"rows: expected whole articles of 5 headlines, got \[101\]"):
         over.rewards(dataclasses.replace(config, rows=(101,)), None, 0)
