@@ -25,7 +25,8 @@ def params():
 
 def trained(lora):
     """Adapters that do something."""
-    return jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(2), leaf.shape), lora)
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), lora)
 
 
 @jax.jit
