@@ -9,8 +9,7 @@ import pytest
 # By environment, so that the processes that tests start have them too.
 # LAPACK's own threads fight over small matrices where cores are few: ten times the time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# A test compiles much and computes little: XLA's shortest way to code that runs takes a fifth of the time. One piece
-# of machine code a program, not 32: each has memory mappings of its own, Linux grants a process 65,530 and ends it.
+# A test compiles much and computes little: XLA's shortest way to code that runs takes a fifth of the time.
 # `XLA_FLAGS= make test` compiles as for users.
 if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = (
@@ -35,6 +34,16 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     for line in ("error", *_ALLOWED):
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """Lets a module's programs go: kept, they come to 5 GB a worker, and to memory mappings of which Linux grants a
+    process 65,530 and then ends it, most often while a cached program is read."""
+    import jax
+
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -83,12 +83,10 @@ def test_tables_and_plots_are_shown_and_nothing_warns(executed):
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """conftest's settings for the kernel's own process; its temporary files stay in the test's folder."""
+    """conftest's other settings, for the process of the kernel; its temporary files stay in the folder."""
     return os.environ | {
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
         "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "PYTHONPATH": str(ROOT),
         "TMPDIR": str(folder),
         "IPYTHONDIR": str(folder / "ipython"),
