@@ -18,7 +18,7 @@ if "XLA_FLAGS" not in os.environ:
     )
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # level 0, but for the tests that ask for `optimized`
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 # Warnings that a third party forces, each with its reason.
 _ALLOWED = (
