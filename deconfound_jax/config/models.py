@@ -48,7 +48,7 @@ class Decoder:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What is aligned: a decoder trained on the log's own texts (`config.Decoder`, `config.Sft`), or a published one."""
+    """What is aligned: a decoder of the log's own texts (`config.Decoder`, `config.Sft`), or a published one."""
 
     # a folder, a .gguf file or a hub's name, see `models.language_model`; empty: a decoder of the log's own
     source: str = ""

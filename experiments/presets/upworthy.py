@@ -89,7 +89,6 @@ def upworthy_smollm2() -> Run:
     return dataclasses.replace(
         full,
         name="upworthy_smollm2",
-        logs=dataclasses.replace(full.logs, one_arm_logs=1, observational=""),
         policy=Policy(source="HuggingFaceTB/SmolLM2-135M-Instruct", prompt="Headline:", length=32),
         align=Align(lora=Lora(rank=16), evaluate_every=100, samples=64, equal_texts="drop"),
         dpo=Dpo(steps=200, groups=8, group_size=4, beta=0.1, learning_rate=2e-4),
