@@ -1,4 +1,4 @@
-"""The walkthrough notebook runs from top to bottom, says what it claims, and is stored without outputs."""
+"""The notebooks run from top to bottom, say what they claim, and are stored without outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOK = ROOT / "notebooks" / "demo.ipynb"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # tqdm, which NumPyro imports, misses ipywidgets: its bars would be plainer, and the notebook shows none.
 ALLOWED = ("TqdmWarning",)
@@ -22,26 +22,37 @@ shares = {m: results[f"policy.smoke.tokens.{m}.true_share"] for m in config.meth
 print(json.dumps({"holds": correlation, "breaks": broken_correlation, "shares": shares, "workdir": str(workdir)}))
 """
 
+# Put behind the knobs of alignment.ipynb: the same recipes, too small to show more than that they run.
+SMALL = """
+simulation = Newsroom(articles=60, weeks=5, topics=8)
+width, samples = 16, 64
+sft = Sft(steps=40, batch=32, learning_rate=1e-2)
+dpo = Dpo(steps=8, groups=8, learning_rate=2e-3)
+best_of_n = BestOfN(sizes=(1, 4, 16, 64))
+align = Align(evaluate_every=4, accept_risk=True)  # a toy log identifies nothing
+"""
+ALIGNED = """
+import json
+known = {"along": along, "best": {name: [p._asdict() for p in points] for name, points in best.items()}}
+print(json.dumps(known | {"compilations": stage.traces(), "workdir": str(workdir)}))
+"""
+
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The notebook after all its cells ran, and the variables of `PROBE`."""
-    nbclient = pytest.importorskip("nbclient", reason="nbclient executes the notebook; the test extra has it")
-    nbformat = pytest.importorskip("nbformat", reason="nbformat reads the notebook; the test extra has it")
-    pytest.importorskip("ipykernel", reason="ipykernel is the notebook's kernel; the test extra has it")
-    folder = tmp_path_factory.mktemp("notebook")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell(PROBE))
-    client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    )
-    client.execute(env=_environment(folder))
-    probe = notebook.cells.pop()
-    return notebook, json.loads(probe.outputs[0]["text"]), folder
+    """demo.ipynb after all its cells ran, the variables of `PROBE`, and its folder."""
+    return _execute("demo", PROBE, tmp_path_factory.mktemp("notebook"))
 
 
-def test_no_outputs_and_no_counts_in_git():
-    stored = json.loads(NOTEBOOK.read_text())
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    """alignment.ipynb at toy size, the variables of `ALIGNED`, and its folder."""
+    return _execute("alignment", ALIGNED, tmp_path_factory.mktemp("notebook"), {"knobs": SMALL})
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_outputs_and_no_counts_in_git(path):
+    stored = json.loads(path.read_text())
     assert stored["nbformat"] == 4 and stored["metadata"]["kernelspec"]["name"] == "python3"
     for cell in stored["cells"]:
         if cell["cell_type"] == "code":
@@ -49,8 +60,9 @@ def test_no_outputs_and_no_counts_in_git():
             assert cell["execution_count"] is None, f"cell {cell['id']}: clear the counts before the commit"
 
 
-def test_the_first_code_cell_installs_nothing_by_itself():
-    first = next(c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_code_cell_installs_nothing_by_itself(path):
+    first = next(c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code")
     lines = "".join(first["source"]).splitlines()
     assert any("%pip install" in line for line in lines)
     assert all(line.startswith("#") for line in lines)
@@ -74,12 +86,53 @@ def test_every_policy_of_the_run_was_judged(executed):
 
 
 def test_tables_and_plots_are_shown_and_nothing_warns(executed):
-    outputs = [output for cell in executed[0].cells for output in cell.get("outputs", [])]
-    shown = [kind for output in outputs for kind in output.get("data", {})]
+    shown, warned = _shown(executed[0])
     assert shown.count("text/markdown") == 3 and shown.count("image/png") == 2
-    errors = "".join(output["text"] for output in outputs if output.get("name") == "stderr")
-    warned = [line for line in errors.splitlines() if "Warning" in line and not any(a in line for a in ALLOWED)]
     assert not warned, warned
+
+
+def test_both_recipes_climb_their_own_reward_and_leave_the_reference(aligned):
+    notebook, probe, folder = aligned
+    assert set(probe["along"]) == set(probe["best"]) == {"naive", "deconfounded"} and probe["compilations"] == 1
+    for rows in probe["along"].values():
+        assert [row["step"] for row in rows] == [0, 4, 8] and abs(rows[0]["kl"]) < 1e-4 < 0.02 < rows[-1]["kl"]
+        assert rows[-1]["proxy"] > rows[0]["proxy"] + 0.1
+        assert all(np.isfinite(row["truth"]) for row in rows)
+    for points in probe["best"].values():
+        assert [p["n"] for p in points][-1] == 64 and np.all(np.diff([p["proxy"] for p in points]) > 0)
+    shown, warned = _shown(notebook)
+    assert shown.count("image/png") == 1 and not warned, warned
+    assert Path(probe["workdir"]).is_relative_to(folder)
+
+
+def _execute(name: str, probe: str, folder: Path, inserted: dict[str, str] | None = None):
+    """A notebook after all its cells ran, what the code `probe` printed behind them, and the folder it ran in.
+
+    Args:
+      inserted: code that runs right behind the cell of an id.
+    """
+    nbclient = pytest.importorskip("nbclient", reason="nbclient executes the notebook; the test extra has it")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat reads the notebook; the test extra has it")
+    pytest.importorskip("ipykernel", reason="ipykernel is the notebook's kernel; the test extra has it")
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    for before, source in (inserted or {}).items():
+        place = next(i for i, cell in enumerate(notebook.cells) if cell["id"] == before)
+        notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
+    notebook.cells.append(nbformat.v4.new_code_cell(probe))
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    client.execute(env=_environment(folder))
+    found = notebook.cells.pop()
+    return notebook, json.loads(found.outputs[0]["text"]), folder
+
+
+def _shown(notebook) -> tuple[list[str], list[str]]:
+    """Types of what the cells show, and lines that warn."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = [kind for output in outputs for kind in output.get("data", {})]
+    errors = "".join(output["text"] for output in outputs if output.get("name") == "stderr")
+    return shown, [line for line in errors.splitlines() if "Warning" in line and not any(a in line for a in ALLOWED)]
 
 
 def _environment(folder: Path) -> dict[str, str]:
