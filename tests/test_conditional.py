@@ -17,6 +17,7 @@ from numpyro.infer.util import log_density
 from deconfound_jax.causal import conditional, nested
 from deconfound_jax.causal.model import causal_model
 from deconfound_jax.causal.scalars import constrain, controls, gammas, log_prior, scalars, sd_of
+from deconfound_jax.causal.solves import dense_terms
 from deconfound_jax.causal.spec import FLAT_SD, Block, Levels, Rows, Spec, equations_of
 from deconfound_jax.design import FAMILIES
 
@@ -51,6 +52,30 @@ def test_collapsed_likelihood_is_the_dense_normal_density(spec):
     cov = dense.design @ np.diag(1 / dense.prior) @ dense.design.T + np.eye(len(dense.target))
     expected = dense.log_jacobian + scipy.stats.multivariate_normal.logpdf(dense.target, np.zeros(len(cov)), cov)
     np.testing.assert_allclose(found.log_likelihood, expected, rtol=1e-9)
+
+
+def test_both_derivatives_of_the_dense_terms_are_those_of_their_formula():
+    rng = np.random.default_rng(0)
+    roots_kdd, linear_kd = jnp.asarray(rng.normal(size=(3, 5, 5))), jnp.asarray(rng.normal(size=(3, 5)))
+
+    def system(psi_k):
+        return jnp.einsum("k,kde,kfe->df", jnp.exp(psi_k), roots_kdd, roots_kdd), jnp.sin(psi_k) @ linear_kd
+
+    def ours(psi_k):
+        matrix, linear = system(psi_k)
+        chol = jnp.linalg.cholesky(matrix)
+        mean = jax.scipy.linalg.cho_solve((chol, True), linear)
+        quadratic, log_det = dense_terms(matrix, linear, chol, mean)
+        return quadratic - 0.7 * log_det
+
+    def formula(psi_k):
+        matrix, linear = system(psi_k)
+        return linear @ jnp.linalg.solve(matrix, linear) - 0.7 * jnp.linalg.slogdet(matrix)[1]
+
+    at = jnp.asarray([0.3, -0.2, 0.5])
+    np.testing.assert_allclose(ours(at), formula(at), rtol=1e-10)
+    np.testing.assert_allclose(jax.grad(ours)(at), jax.grad(formula)(at), rtol=1e-9)
+    np.testing.assert_allclose(jax.hessian(ours)(at), jax.hessian(formula)(at), rtol=1e-8)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

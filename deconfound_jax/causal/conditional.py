@@ -35,6 +35,7 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 
 from deconfound_jax.causal.scalars import error_factor, gammas, sd_of
 from deconfound_jax.causal.scalars import scalars as scalars_of
+from deconfound_jax.causal.solves import dense_terms, divide, log_det
 from deconfound_jax.causal.spec import FLAT_SD, Block, Equation, Levels, Rows, Spec
 
 _LOG_2PI = float(np.log(2 * np.pi))
@@ -174,15 +175,16 @@ def solve(spec: Spec, stats: Moments, psi: dict[str, jax.Array]) -> Solution:
     precision = precision + jnp.diag(prior_d)
 
     cross, level, level_b, prior_m = _absorbed(spec, plan, stats, psi, a_first, a_out)
-    level_cross = _divide(level, cross)  # (u, m, d)
+    level_cross = divide(level, cross)  # (u, m, d)
     schur = precision - jnp.einsum("umd,ume->de", cross, level_cross)
     linear = linear - jnp.einsum("umd,um->d", level_cross, level_b)
     chol = jnp.linalg.cholesky(schur)
     mean = cho_solve((chol, True), linear)
-    quadratic = linear @ mean + jnp.sum(level_b * _divide(level, level_b[..., None])[..., 0])
-    log_det = 2 * jnp.log(jnp.diagonal(chol)).sum() + _log_det(level).sum()
+    quadratic, dense_log_det = dense_terms(schur, linear, chol, mean)
+    quadratic = quadratic + jnp.sum(level_b * divide(level, level_b[..., None])[..., 0])
+    both_log_det = dense_log_det + log_det(level).sum()
     log_prior = jnp.log(prior_d).sum() + jnp.log(prior_m).sum() * level.shape[0]
-    log_likelihood = stats.constant + 0.5 * (log_prior - log_det + quadratic - squares)
+    log_likelihood = stats.constant + 0.5 * (log_prior - both_log_det + quadratic - squares)
     log_likelihood = log_likelihood - stats.rows * jnp.log(jnp.diagonal(factor)).sum()
     log_likelihood = log_likelihood - stats.rows * len(spec.equations) * 0.5 * _LOG_2PI
     return Solution(log_likelihood, mean, chol, level, level_b, cross)
@@ -207,7 +209,7 @@ def sites(spec: Spec, solution: Solution, theta_d, noise_um) -> dict[str, jax.Ar
     found = {name: theta_d[a] if name in single else theta_d[a:b] for name, a, b in plan.sites}
     if plan.absorbed:
         linear_um = solution.level_linear_um - jnp.einsum("umd,d->um", solution.level_cross_umd, theta_d)
-        mean_um = _divide(solution.level_precision_umm, linear_um[..., None])[..., 0]
+        mean_um = divide(solution.level_precision_umm, linear_um[..., None])[..., 0]
         chol = jnp.linalg.cholesky(solution.level_precision_umm)
         spread = solve_triangular(chol, noise_um[..., None], lower=True, trans=1)[..., 0]
         for i, equation in enumerate((None, *spec.equations)):
@@ -272,25 +274,3 @@ def _unit_prior(spec: Spec, plan: Layout, psi):
     else:
         sds = [sd_of(psi, prefix, unit) for prefix in prefixes]
     return jnp.stack([jnp.asarray(sd, float) ** -2.0 for sd in sds])
-
-
-def _divide(level_umm, right_umk):
-    """level^-1 right for positive definite systems, in closed form for one or two unknowns."""
-    m = level_umm.shape[-1]
-    if m > 2:
-        return jnp.linalg.solve(level_umm, right_umk)
-    a, first = level_umm[:, :1, :1], right_umk[:, :1]
-    if m == 1:
-        return first / a
-    b, d = level_umm[:, :1, 1:], level_umm[:, 1:, 1:]
-    lower = (right_umk[:, 1:] - b / a * first) / (d - b**2 / a)
-    return jnp.concatenate([(first - b * lower) / a, lower], 1)
-
-
-def _log_det(level_umm):
-    if level_umm.shape[-1] > 2:
-        return jnp.linalg.slogdet(level_umm)[1]
-    a = level_umm[:, 0, 0]
-    if level_umm.shape[-1] == 1:
-        return jnp.log(a)
-    return jnp.log(a) + jnp.log(level_umm[:, 1, 1] - level_umm[:, 0, 1] ** 2 / a)
