@@ -37,20 +37,33 @@ def judge(config: Run, plan: Plan, logs: Logs, fitted: Any, workdir: epath.Path)
             results[f"{prefix}.not_converged"] = sum(s != "converged" for s in statuses)
             correct[method] = [np.concatenate([row[i] for row in rows]) for i in (1, 2, 3)]
         if {"naive", "deconfounded"} <= set(correct):
-            results |= _difference(correct, f"reward.{log}.{name}.deconfounded")
+            key, bars = f"reward.{log}.{name}.deconfounded", {"gain": 0.0, "gain_z196": ab.Z_CLEAR}
+            results |= _intervals(correct["deconfounded"], correct["naive"], bars, key)
     arms = [_arms(plan, logs, part) for part in plan.parts]
     results["ceiling.pair_accuracy"], results["ceiling.pair_accuracy_z196"] = _ceiling(plan, logs, arms[0])
+    return results | _policies(config, plan, arms[0], fitted, workdir)
+
+
+def _policies(config: Run, plan: Plan, arms: ab.Arms, fitted: Any, workdir: epath.Path) -> dict[str, Any]:
+    """Pair accuracy of each policy's implicit reward, log pi - log pi_ref, with its interval; last KL; gain over naive.
+
+    Source of the implicit reward: Rafailov et al. 2305.18290, eq. 5 (beta and the prompt's constant order no pair).
+    """
+    results: dict[str, Any] = {}
+    held, begun, table = plan.parts[0].held_out, fitted.start, ab.pairs(arms)
+    prompts, correct = begun.prompts(len(held)), {}
+    reference_n = text_logprobs(begun.decoder, fitted.policies["sft"], begun.tokens_nl[held], prompts)
     for method in (m for m in config.methods if m in fitted.policies):
-        held = plan.parts[0].held_out
-        begun, prompts = fitted.start, fitted.start.prompts(len(held))
-        own, ref = (
-            text_logprobs(begun.decoder, fitted.policies[m], begun.tokens_nl[held], prompts) for m in (method, "sft")
-        )
-        scored = ab.scores(own - ref, arms[0])
-        results[f"policy.{config.name}.tokens.{method}.pair_accuracy"] = float(scored["pair_accuracy"])
-        results[f"policy.{config.name}.tokens.{method}.pair_accuracy_z196"] = float(scored["pair_accuracy_z196"])
-        curve = [row["kl"] for row in read_metrics(workdir, f"{config.align.recipe}-{method}") if row.get("eval")]
-        results[f"policy.{config.name}.tokens.{method}.kl"] = float(curve[-1])
+        own_n = text_logprobs(begun.decoder, fitted.policies[method], begun.tokens_nl[held], prompts)
+        key = f"policy.{config.name}.tokens.{method}"
+        correct[method] = [ab.pair_correct(own_n - reference_n, table), np.abs(table.z_p), table.component_p]
+        chance = [np.zeros(len(table.z_p)), *correct[method][1:]]
+        results |= _intervals(correct[method], chance, {"pair_accuracy": 0.0, "pair_accuracy_z196": ab.Z_CLEAR}, key)
+        curve = [row for row in read_metrics(workdir, f"{config.align.recipe}-{method}") if row.get("eval")]
+        results[f"{key}.kl"], results[f"{key}.kl_error"] = float(curve[-1]["kl"]), float(curve[-1]["kl_error"])
+    if {"naive", "deconfounded"} <= set(correct):
+        key = f"policy.{config.name}.tokens.deconfounded"
+        results |= _intervals(correct["deconfounded"], correct["naive"], {"gain": 0.0, "gain_z196": ab.Z_CLEAR}, key)
     return results
 
 
@@ -70,19 +83,22 @@ def _score(config: Run, plan: Plan, logs: Logs, part: Part, reward_n: np.ndarray
     return scored, ab.pair_correct(held_n, table), np.abs(table.z_p), table.component_p
 
 
-def _difference(correct: Mapping[str, list[np.ndarray]], prefix: str) -> dict[str, Any]:
-    """Paired gain over naive with its 95% bootstrap interval over components, all pairs and clear ones."""
-    found = {}
-    hits, z, component = correct["deconfounded"]
-    for name, keep in (("gain", np.ones(len(z), bool)), ("gain_z196", z > ab.Z_CLEAR)):
+def _intervals(ours: list[np.ndarray], other: list[np.ndarray], names: Mapping[str, float], prefix: str):
+    """Mean difference of hits, ours minus the other's, with its 95% bootstrap interval over components.
+
+    Args:
+      ours, other: hits, |z| and component of the same pairs; hits of 0 for the other give ours alone.
+      names: metric -> |z| above which pairs count.
+    """
+    found: dict[str, float] = {}
+    hits, z, component = ours
+    for name, least in names.items():
+        keep = z > least if least else np.ones(len(z), bool)
         if not keep.any():
             continue  # no pair to be judged by
-        interval = ab.paired_bootstrap(hits[None, keep], correct["naive"][0][None, keep], component[keep], seed=0)
-        found |= dict(
-            zip(
-                [f"{prefix}.{name}", f"{prefix}.{name}.low", f"{prefix}.{name}.high"], map(float, interval), strict=True
-            )
-        )
+        interval = ab.paired_bootstrap(hits[None, keep], other[0][None, keep], component[keep], seed=0)
+        keys = [f"{prefix}.{name}", f"{prefix}.{name}.low", f"{prefix}.{name}.high"]
+        found |= dict(zip(keys, map(float, interval), strict=True))
     return found
 
 
