@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -21,8 +17,6 @@ from deconfound_jax.train.loop import read_metrics
 from experiments import align, evaluate_reward, logs_plan, logs_study, newsroom_study, rundir, sample, score
 from experiments.cli import markdown, parse_run
 from experiments.presets import PRESETS
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -156,30 +150,26 @@ def test_held_out_outcomes_change_nothing_that_is_learned(tmp_path):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), method
 
 
-def test_a_run_killed_while_training_ends_as_an_unbroken_one(tmp_path):
-    """kill -9 in the middle of the second stage; run again: the same rows, clock aside, and the same results."""
-    command = [sys.executable, "-m", "experiments.align", "--preset", "smoke", "--dpo.steps", "60", "--workdir"]
-    command += [str(tmp_path / "killed"), "--methods", "deconfounded"]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    stage = tmp_path / "killed" / "checkpoints" / "seed0-deconfounded"
-    deadline = time.monotonic() + 240
-    while not (stage.exists() and any(p.name.isdigit() for p in stage.iterdir())):
-        assert time.monotonic() < deadline and process.poll() is None, "the run ended before its first checkpoint"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(read_metrics(tmp_path / "killed", "seed0-deconfounded")) < 60, "killed too late to test anything"
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-    config = PRESETS["smoke"]()
-    config = dataclasses.replace(config, methods=("deconfounded",), dpo=dataclasses.replace(config.dpo, steps=60))
-    results = align.run(config, tmp_path / "whole")
-    rows = [
-        [{k: v for k, v in row.items() if k != "clock"} for row in read_metrics(tmp_path / w)]
-        for w in ("killed", "whole")
-    ]
-    assert rows[0] == rows[1]
-    assert json.loads((tmp_path / "killed" / "results.json").read_text()) == results
+def test_the_same_command_goes_on_with_a_run(newsroom_run, tmp_path, capsys):
+    """The last policy's state and rows are lost, and all that is written at the end: it ends as the unbroken run."""
+    whole, results = newsroom_run
+    workdir, lost = tmp_path / "run", "seed0-deconfounded"
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / lost)
+    rows = (whole / "metrics.jsonl").read_text().splitlines()
+    (workdir / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows if lost not in row))
+    for name in ("results.json", "report.html", "policies/deconfounded.npz"):
+        (workdir / name).unlink()
+    align.main(["--preset", "smoke", "--workdir", str(workdir)])
+    assert json.loads((workdir / "results.json").read_text()) == results
+    again, before = ([row | {"clock": 0} for row in read_metrics(place)] for place in (workdir, whole))
+    assert again == before and any(row["name"] == lost for row in again)
+    assert json.loads((workdir / "compilations.json").read_text()) == {"sft": 0, "dpo": 1, "joint": []}
+    for name in ("deconfounded", "sft"):
+        one, two = (dj.load(place).policy(name) for place in (workdir, whole))
+        chex.assert_trees_all_equal(one, two)
+    printed = capsys.readouterr().out
+    assert newsroom_study.verdict(PRESETS["smoke"](), results) in printed and "| deconfounded |" in printed
 
 
 def test_presets_parse_and_short_logs_flag():

@@ -1,10 +1,8 @@
-"""The step, the loop, checkpoints: one trace, the weighted mean, rows and states. What breaks a run: test_resume."""
+"""The step, the loop, checkpoints: one trace, the weighted mean, rows and states. What breaks a run: test_resume.
+
+Several devices: test_mesh."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 
 import chex
 import jax
@@ -38,9 +36,9 @@ def batches(i):
     return x_bd, x_bd @ np.array([1.0, -2.0, 0.5], np.float32)
 
 
-def fresh(steps=6, mesh=None):
+def fresh(steps=6):
     optimizer = adamw(0.1, steps)
-    state = init_state({"w": jnp.zeros(3)}, optimizer, causal={"n": 2.0, "empty": ()}, mesh=mesh)
+    state = init_state({"w": jnp.zeros(3)}, optimizer, causal={"n": 2.0, "empty": ()})
     return state, make_step(objective, optimizer), np.ones(4, np.float32)
 
 
@@ -55,36 +53,6 @@ def train(workdir, name="fit", steps=6, every=2, of=batches, **more):
     step = compiled(steps)
     key = jax.random.key(1)
     return run_stage(name, state, step, frozen, of, steps, workdir, checkpoint_every=every, key=key, **more)
-
-
-def test_two_devices_are_one(tmp_path):
-    code = """
-import jax, numpy as np, sys
-sys.path.insert(0, sys.argv[1])
-from test_train import batches, fresh
-from deconfound_jax.train.mesh import make_mesh, shard_batch
-mesh = make_mesh()
-assert mesh.shape["data"] == 2 and shard_batch(1.0, mesh).sharding.is_fully_replicated
-state, step, frozen = fresh(mesh=mesh)
-for i in range(3):
-    state, metrics = step(state, *shard_batch((frozen, batches(i)), mesh), jax.random.key(1))
-assert len(state.params["w"].sharding.device_set) == 2 and step._cache_size() == 1, step._cache_size()
-print(state.params["w"].tolist())
-try:
-    shard_batch({"x": np.ones((3, 2))}, mesh)
-except ValueError as error:
-    assert "batch['x']: expected a multiple of 2 rows" in str(error), error
-else:
-    raise SystemExit("three rows on two devices")
-"""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", code, os.path.dirname(__file__)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    state, step, frozen = fresh()
-    for i in range(3):
-        state, _ = step(state, frozen, batches(i), jax.random.key(1))
-    np.testing.assert_allclose(json.loads(run.stdout), state.params["w"], rtol=1e-5)
 
 
 def test_one_trace_and_one_compilation_a_stage(tmp_path):
