@@ -1,6 +1,6 @@
 """What the causal update costs beside the preference step it feeds: seconds and operations of both steps.
 
-    python -m experiments.joint_cost '{"shapes": "smollm2", "groups": 4, "length": 64, "steps": 10}'
+    python -m experiments.joint_cost '{"job": "cost", "shapes": "smollm2", "groups": 4, "length": 64, "steps": 10}'
 
 Two-stage DPO and the joint step train the same decoder on the same pairs, whole and in fp32, reference read before.
 The joint step adds a batch of the log's rows to its cross products, moves its scalars, draws from the posterior and
@@ -94,7 +94,8 @@ def _measure(runs: dict[str, Callable[[], float]], steps: int) -> dict[str, floa
 
 
 def main(arguments: str) -> None:
-    print(json.dumps(cost(**json.loads(arguments))))
+    given = json.loads(arguments)
+    print(json.dumps({"cost": cost}[given.pop("job")](**given)))
 
 
 if __name__ == "__main__":
