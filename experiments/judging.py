@@ -51,10 +51,16 @@ def _policies(config: Run, plan: Plan, arms: ab.Arms, fitted: Any, workdir: epat
     """
     results: dict[str, Any] = {}
     held, begun, table = plan.parts[0].held_out, fitted.start, ab.pairs(arms)
-    prompts, correct = begun.prompts(len(held)), {}
-    reference_n = text_logprobs(begun.decoder, fitted.policies["sft"], begun.tokens_nl[held], prompts)
+    # Arms that differ by their image alone have one text, which is read once.
+    tokens_ul, text_n = np.unique(begun.tokens_nl[held], axis=0, return_inverse=True)
+
+    def logprobs(policy: str) -> np.ndarray:
+        prompts = begun.prompts(len(tokens_ul))
+        return text_logprobs(begun.decoder, fitted.policies[policy], tokens_ul, prompts)[text_n.reshape(-1)]
+
+    reference_n, correct = logprobs("sft"), {}
     for method in (m for m in config.methods if m in fitted.policies):
-        own_n = text_logprobs(begun.decoder, fitted.policies[method], begun.tokens_nl[held], prompts)
+        own_n = logprobs(method)
         key = f"policy.{config.name}.tokens.{method}"
         correct[method] = [ab.pair_correct(own_n - reference_n, table), np.abs(table.z_p), table.component_p]
         chance = [np.zeros(len(table.z_p)), *correct[method][1:]]

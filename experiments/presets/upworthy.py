@@ -90,7 +90,7 @@ def upworthy_smollm2() -> Run:
         full,
         name="upworthy_smollm2",
         policy=Policy(source="HuggingFaceTB/SmolLM2-135M-Instruct", prompt="Headline:", length=32),
-        align=Align(lora=Lora(rank=16), evaluate_every=100, samples=64, equal_texts="drop"),
-        dpo=Dpo(steps=200, groups=8, group_size=4, beta=0.1, learning_rate=2e-4),
+        align=Align(lora=Lora(rank=16), evaluate_every=75, samples=64, equal_texts="drop"),
+        dpo=Dpo(steps=150, groups=4, group_size=4, beta=0.1, learning_rate=2e-4),
         checkpoint_every=50,
     )
