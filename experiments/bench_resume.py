@@ -225,7 +225,8 @@ def child(config: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, record = parse_study(argv, BenchResume, __doc__)
-    results = run(config, config.workdir)
+    with preemptible():
+        results = run(config, config.workdir)
     publish(config, "bench_resume", tables_and_bars(tables(results), results["failed"]), record)
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from deconfound_jax.config import Run
+from deconfound_jax.train import hosts
 from deconfound_jax.train.preemption import Preempted
 from experiments import rundir
 from experiments.presets import PRESETS
@@ -21,10 +22,12 @@ def parse_run(argv: Sequence[str] | None, description: str) -> tuple[Run, Run, a
     """Reads `--preset NAME --workdir DIR [--record] [--field.name value ...]`.
 
     `--logs FILE` is short for `--logs.path FILE`. Returns the resolved config, the
-    preset it started from, and the remaining arguments.
+    preset it started from, and the remaining arguments. Joins the run's other processes first, before anything
+    touches a device.
     """
     import tyro
 
+    hosts.start()
     parser = argparse.ArgumentParser(description=description, add_help=False)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="newsroom")
     parser.add_argument("--workdir", default="")
@@ -38,9 +41,13 @@ def parse_run(argv: Sequence[str] | None, description: str) -> tuple[Run, Run, a
 
 
 def parse_study(argv: Sequence[str] | None, study: type[Study], description: str) -> tuple[Study, bool]:
-    """Reads a study's own dataclass, `[--field value ...] [--record]`; returns it and whether to record."""
+    """Reads a study's own dataclass, `[--field value ...] [--record]`; returns it and whether to record.
+
+    Joins the run's other processes first, as `parse_run` does.
+    """
     import tyro
 
+    hosts.start()
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--record", action="store_true")
     known, rest = parser.parse_known_args(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from etils import epath
 from deconfound_jax.config import Run
 from deconfound_jax.logs.split import components, folds, one_arm, split
 from deconfound_jax.structs import Design, Logs
+from deconfound_jax.train.files import writes
 
 
 class Part(NamedTuple):
@@ -72,9 +74,10 @@ def read_logs(config: Run, workdir: epath.Path) -> Logs:
     )
     wanted = (config.logs.observational, config.logs.split.column, *config.logs.split.columns)
     extra = tuple(dict.fromkeys(c for c in wanted if c and c not in roles.columns()))
+    rejected = workdir / "rejected_rows.jsonl" if writes() else os.devnull
     return read(
         config.logs.path, roles, categories=levels, numeric=numbers, extra=extra,
-        on_bad_rows=config.logs.on_bad_rows, missing=config.logs.missing, rejected_path=workdir / "rejected_rows.jsonl",
+        on_bad_rows=config.logs.on_bad_rows, missing=config.logs.missing, rejected_path=rejected,
     )  # fmt: skip
 
 

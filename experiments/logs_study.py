@@ -26,12 +26,12 @@ from deconfound_jax.causal.verdict import judged
 from deconfound_jax.config import Run
 from deconfound_jax.models.encoders import ENCODERS, encode_by
 from deconfound_jax.models.features import cached, read_features
-from deconfound_jax.recipes.choice import align_policy, config_of, stage_of
+from deconfound_jax.recipes.choice import align_policy, check_scale, config_of, stage_of
 from deconfound_jax.recipes.curve import policy_watch
 from deconfound_jax.recipes.reference import decoder_features
-from deconfound_jax.recipes.stage import Record
 from deconfound_jax.recipes.texts import Texts
 from deconfound_jax.structs import Logs, fingerprint
+from deconfound_jax.train.files import writes
 from experiments import rundir
 from experiments.judging import judge
 from experiments.logs_plan import Plan, check_config, make_plan, read_logs
@@ -56,6 +56,7 @@ class Fitted(NamedTuple):
 def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | None = None) -> dict[str, Any]:
     """Reads, plans, fits, judges, reports; returns what results.json holds."""
     check_config(config)
+    check_scale(config, rundir.mesh_of(config))
     logs = read_logs(config, epath.Path(workdir))
     workdir = rundir.claim(workdir, config, preset, logs.fingerprint)
     plan = make_plan(config, logs)
@@ -65,7 +66,7 @@ def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | Non
     results = judge(config, plan, logs, fitted, workdir)
     results |= {f"split.{config.name}.leaked.{column}": share for column, share in plan.leaked.items()}
     rundir.write_results(workdir, results)
-    if (pages := rundir.pages()) is not None:
+    if writes() and (pages := rundir.pages()) is not None:
         pages.logs_page(config, results, plan, logs, fitted, tables(config, results), verdict(config, results), workdir)
     return results
 
@@ -91,7 +92,7 @@ def learn(config: Run, plan: Plan, logs: Logs, workdir: epath.Path, on_step=None
     base = {"base": begun.reference} if config.align.lora.rank else {}
     policies = {"sft": begun.reference} | {m: variables_of(params, base) for m, params in trained.items()}
     draw, key = begun.sampler(_SHOWN), jax.random.key(20_000 + config.seeds[0])
-    samples = {m: begun.tokenizer.decode(np.asarray(draw(p, begun.reference, key)[0])) for m, p in policies.items()}
+    samples = {m: begun.tokenizer.decode(draw(p, begun.reference, key)[0]) for m, p in policies.items()}
     return Fitted(rewards, posteriors, policies, begun, features, samples)
 
 
@@ -121,7 +122,8 @@ def train_policies(config: Run, plan: Plan, logs: Logs, begun: Start, rewards: M
     knobs, recipe = config_of(config), config.align.recipe
     if recipe == "grpo" and (primary != "tokens" or config.policy.source):
         raise ValueError("align.recipe: grpo scores texts of its own, by features.source=tokens of an own decoder")
-    stage = stage_of(begun.decoder, knobs, config.features, config.align.dispatch)
+    stage = stage_of(begun.decoder, knobs, config.features, config.align.dispatch, config.align.accumulate,
+                     rundir.mesh_of(config))  # fmt: skip
     codes_n = logs.codes(roles.pair_within)[first.train] if roles.pair_within else None
     texts = Texts(begun.tokens_nl[first.train], codes_n, begun.prompts(len(first.train)), row_keys(logs)[first.train])
     lora = bool(config.align.lora.rank)
@@ -131,7 +133,7 @@ def train_policies(config: Run, plan: Plan, logs: Logs, begun: Start, rewards: M
         reward = rewards[first.name, primary, method]
         reward = dataclasses.replace(reward, draws_sn=reward.draws_sn[:, first.train])
         anywhere = text_reward(posteriors[first.name, primary, method]) if recipe == "grpo" else None
-        record = Record(workdir, f"{recipe}-{method}", config.checkpoint_every, on_step)
+        record = rundir.record_of(config, workdir, f"{recipe}-{method}", on_step)
         found[method] = align_policy(begun.decoder, stage, begun.reference, texts, reward, anywhere, knobs,
                                      rundir.risked(config.align, method), seed, record,
                                      [(config.align.evaluate_every, watch)])  # fmt: skip

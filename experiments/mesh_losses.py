@@ -23,7 +23,7 @@ from etils import epath
 
 from deconfound_jax.align.groups import epochs, form_groups, pair_index
 from deconfound_jax.align.joint import JointBatch, fill_pairs, init_causal, joint_step
-from deconfound_jax.align.preference import dpo_objective
+from deconfound_jax.align.preference import preference_objective
 from deconfound_jax.causal.spec import Prepared
 from deconfound_jax.causal.terms import prepare
 from deconfound_jax.config import Decoder as DecoderConfig
@@ -104,11 +104,11 @@ def train(cases: Cases, data: Data, mesh, objective: str, precision: str) -> dic
     decoder, optimizer = Decoder(shape, data.vocabulary), adamw(cases.learning_rate, cases.steps)
     params = _typed(jax.jit(decoder.init)(jax.random.key(cases.seed), data.tokens_nl[:1]), precision)
     if objective == "dpo":
-        step, causal, batch = make_step(dpo_objective(decoder), optimizer), (), pair_batches(cases, data)
+        step, causal, batch = make_step(preference_objective(decoder), optimizer), (), pair_batches(cases, data)
     else:
         joint = Joint(rows=8 * cases.groups, warm_rows=16 * cases.groups, draws=16)
         batch = joint_batches(cases, data, joint)
-        made = joint_step(data.prepared.spec, joint, dpo_objective(decoder), optimizer, fill_pairs("precision"))
+        made = joint_step(data.prepared.spec, joint, preference_objective(decoder), optimizer, fill_pairs("precision"))
         step, causal = jit_step(made), init_causal(data.prepared.spec, _typed(batch(0).rows, precision), joint)
     state = init_state(params, optimizer, _typed(causal, precision), mesh)
     frozen = shard_state(_typed({"beta": np.float32(0.3)}, precision), mesh)

@@ -15,26 +15,29 @@ import numpy as np
 from etils import epath
 
 from deconfound_jax.align.joint import posterior_draws
+from deconfound_jax.align.policy import variables_of
 from deconfound_jax.align.scoring import text_reward
 from deconfound_jax.causal.fit import fit_prepared
 from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.causal.reward import Reward, model_form
-from deconfound_jax.causal.spec import Prepared
+from deconfound_jax.causal.spec import Prepared, Spec
 from deconfound_jax.causal.terms import prepare
 from deconfound_jax.causal.verdict import judged
 from deconfound_jax.config import Run
 from deconfound_jax.evaluate import truth
 from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
-from deconfound_jax.models.params import save_params
-from deconfound_jax.recipes.choice import align_policy, config_of, stage_of
+from deconfound_jax.models.params import load_params, save_params
+from deconfound_jax.recipes.choice import align_policy, check_scale, config_of, stage_of
 from deconfound_jax.recipes.curve import Draw, policy_sampler, policy_watch
 from deconfound_jax.recipes.joint import align_jointly, joint_stage
 from deconfound_jax.recipes.reference import decoder_features, sft_stage, train_reference
-from deconfound_jax.recipes.stage import Record, Stage
+from deconfound_jax.recipes.stage import Stage
 from deconfound_jax.recipes.texts import Texts
 from deconfound_jax.simulate import newsroom
 from deconfound_jax.structs import Design, Logs
+from deconfound_jax.train.files import write_whole, writes
+from deconfound_jax.train.hosts import fetch
 from deconfound_jax.train.loop import read_metrics
 from experiments import rundir
 
@@ -68,9 +71,10 @@ def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | Non
     if config.features.source != "tokens":
         raise ValueError(f"features.source: the newsroom study fits 'tokens', got {config.features.source!r}")
     simulated = [newsroom.simulate(config.simulation, seed) for seed in config.seeds]
-    workdir = rundir.claim(workdir, config, preset, simulated[0][0].fingerprint)
     compiled = compile_once(config)
-    compiled.tokenizer.save(workdir / "tokenizer.json")
+    workdir = rundir.claim(workdir, config, preset, simulated[0][0].fingerprint)
+    if writes():
+        compiled.tokenizer.save(workdir / "tokenizer.json")
     joints: dict[Any, Stage] = {}
     seeds = [
         run_seed(config, compiled, joints, seed, logs, known, workdir, on_step)
@@ -82,22 +86,29 @@ def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | Non
         config.align.recipe: compiled.policy.traces(),
         "joint": [j.traces() for j in joints.values()],
     }
-    (workdir / "compilations.json").write_text(rundir.dump_json(counts))
     rundir.write_results(workdir, results)
-    _report(config, results, seeds[0], compiled, workdir)
+    if writes():
+        write_whole(workdir / "compilations.json", rundir.dump_json(counts))
+        _report(config, results, seeds[0], compiled, workdir)
     return results
 
 
 def compile_once(config: Run) -> Compiled:
+    """The run's steps on its mesh; what does not divide is refused here, before anything is compiled."""
     words = tokenizer.closed(newsroom.vocabulary(config.simulation))
-    decoder = Decoder(config.decoder, words.size)
-    return Compiled(
-        decoder,
-        words,
-        sft_stage(decoder, config.sft),
-        stage_of(decoder, config_of(config), config.features, config.align.dispatch),
-        policy_sampler(decoder, config.align.samples),
-    )
+    decoder, align, mesh = Decoder(config.decoder, words.size), config.align, rundir.mesh_of(config)
+    check_scale(config, mesh)
+    sft = sft_stage(decoder, config.sft, align.accumulate).on(mesh)
+    policy = stage_of(decoder, config_of(config), config.features, align.dispatch, align.accumulate, mesh)
+    return Compiled(decoder, words, sft, policy, policy_sampler(decoder, align.samples))
+
+
+def joint_of(config: Run, compiled: Compiled, spec: Spec) -> Stage:
+    """The joint step of the recipe that the config names, on the run's mesh."""
+    align = config.align
+    stage = joint_stage(compiled.decoder, spec, config_of(config), config.joint, config.features, align.dispatch,
+                        align.accumulate)  # fmt: skip
+    return stage.on(compiled.policy.mesh)
 
 
 def designs(config: Run) -> dict[str, Design]:
@@ -121,17 +132,17 @@ def run_seed(config: Run, compiled: Compiled, joints: dict, seed: int, logs: Log
     c, causal = compiled, dataclasses.replace(config.causal, seed=seed)
     tokens_nl = c.tokenizer.encode(logs.text, config.decoder.length)
     reference = train_reference(c.decoder, c.sft, tokens_nl, config.sft, seed,
-                                Record(workdir, f"seed{seed}-sft", config.checkpoint_every, on_step))  # fmt: skip
+                                rundir.record_of(config, workdir, f"seed{seed}-sft", on_step))  # fmt: skip
     features_nd = decoder_features(c.decoder, reference, tokens_nl, config.features)
     watch = [(config.align.evaluate_every, newsroom_watch(c, reference, seed, bool(config.align.lora.rank)))]
     texts = Texts(tokens_nl, logs.codes(logs.roles.pair_within))
     prepared, posteriors, rewards, policies = {}, {}, {}, {"sft": reference}
     for method, design in designs(config).items():
         prepared[method] = prepare(logs, features_nd, design, causal)
-        record = Record(workdir, f"seed{seed}-{method}", config.checkpoint_every, on_step)
+        record = rundir.record_of(config, workdir, f"seed{seed}-{method}", on_step)
         if method == "joint":
             spec, knobs = prepared[method].spec, config_of(config)
-            stage = joints.setdefault(spec, joint_stage(c.decoder, spec, knobs, config.joint, config.features))
+            stage = joints.setdefault(spec, joint_of(config, c, spec))
             state = align_jointly(c.decoder, stage, reference, texts, prepared[method], knobs, config.align,
                                   config.joint, seed, record, watch)  # fmt: skip
             policies[method] = state.params
@@ -154,7 +165,7 @@ def run_seed(config: Run, compiled: Compiled, joints: dict, seed: int, logs: Log
 def newsroom_watch(compiled: Compiled, reference: Any, seed: int, lora: bool = False) -> Callable:
     """Evaluator of a policy by the truth: KL, true share, the share of texts off the grammar."""
     c, key = compiled, jax.random.key(10_000 + seed)
-    base_f = newsroom.true_reward(c.tokenizer.decode(np.asarray(c.draw(reference, reference, key)[0])))
+    base_f = newsroom.true_reward(c.tokenizer.decode(c.draw(reference, reference, key)[0]))
 
     def truly(tokens_nl):
         texts = c.tokenizer.decode(tokens_nl)
@@ -168,10 +179,12 @@ def save_run(
     workdir: epath.Path, policies: Mapping, posteriors: Mapping[str, Posterior], features_nd: np.ndarray
 ) -> None:
     """What `deconfound_jax.load` reads: policies, posteriors, the log's features."""
-    if jax.process_index():
-        return
     for method, params in policies.items():
-        save_params(workdir / "policies" / f"{method}.npz", params)
+        whole = fetch(params)  # takes every process
+        if writes():
+            save_params(workdir / "policies" / f"{method}.npz", whole)
+    if not writes():
+        return
     (workdir / "posterior").mkdir(parents=True, exist_ok=True)
     for method, posterior in posteriors.items():
         posterior.save(workdir / "posterior" / f"{method}.npz")
@@ -244,6 +257,8 @@ def fit_once(prepared: Prepared, design: Design, causal, path: epath.Path, group
     if path.exists():
         return Posterior.load(path)
     posterior = judged(fit_prepared(prepared, design, causal), prepared, groups_n=groups_n)
+    if not writes():
+        return posterior
     path.parent.mkdir(parents=True, exist_ok=True)
     posterior.save(path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)  # a kill while writing leaves no half file under the name
@@ -252,7 +267,7 @@ def fit_once(prepared: Prepared, design: Design, causal, path: epath.Path, group
 
 def _joint_posterior(prepared: Prepared, design: Design, causal, state) -> Posterior:
     """What the joint state knows at the end of training; its scalars are a point."""
-    draws = posterior_draws(prepared.spec, state.causal, causal.draws, jax.random.key(causal.seed))
+    draws = posterior_draws(prepared.spec, fetch(state.causal), causal.draws, jax.random.key(causal.seed))
     draws = {name: np.asarray(value, np.float64) for name, value in draws.items()}
     finite = all(np.isfinite(value).all() for value in draws.values())
     why = "carried by the joint step; scalars are a point"
@@ -274,11 +289,10 @@ def _add(results: dict, key: str, values: list[float]) -> None:
 def _report(config: Run, results: Mapping[str, Any], first: Seed, compiled: Compiled, workdir: epath.Path) -> None:
     if (pages := rundir.pages()) is None:
         return
+    trained = {m: load_params(workdir / "policies" / f"{m}.npz") for m in ("sft", *config.methods)}
     samples = {}
-    for method in ("sft", *config.methods):
-        from deconfound_jax.models.params import load_params
-
-        params = load_params(workdir / "policies" / f"{method}.npz")
+    for method, own in trained.items():
+        params = variables_of(own, {} if "params" in own else {"base": trained["sft"]})
         tokens = compiled.draw(params, params, jax.random.key(0))[0]
-        samples[method] = compiled.tokenizer.decode(np.asarray(tokens)[: config.report.n_examples])
+        samples[method] = compiled.tokenizer.decode(tokens[: config.report.n_examples])
     pages.newsroom_page(config, results, first, samples, tables(config, results), verdict(config, results), workdir)

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from deconfound_jax.recipes.stage import Record
+from deconfound_jax.train.files import writes
 from experiments import rundir
 from experiments.cli import parse_study, progress, publish, tables_and_bars
 from experiments.over_optimisation_curves import (
@@ -50,8 +50,7 @@ BAR_ROWS = 300
 def run(config: OverOptimisation, workdir, on_step: Callable | None = None) -> dict[str, Any]:
     """Every seed, log, reward and pool; returns what results.json holds, see `summarise`."""
     workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    reference = reference_of(config, Record(workdir, "sft", config.run.checkpoint_every, on_step))
+    reference = reference_of(config, rundir.record_of(config.run, workdir, "sft", on_step))
     draw = sampler(config, reference)
     curves: dict[tuple, list[Curves]] = {}
     verdicts: dict[tuple, list[str]] = {}
@@ -68,7 +67,8 @@ def run(config: OverOptimisation, workdir, on_step: Callable | None = None) -> d
             on_step("seeds", done, len(config.seeds), {})
     results = summarise(config, curves, verdicts)
     rundir.write_results(workdir, results)
-    _plot(config, results, workdir)
+    if writes():
+        _plot(config, results, workdir)
     return results
 
 

@@ -24,6 +24,8 @@ from deconfound_jax.recipes.reference import decoder_features, sft_stage, train_
 from deconfound_jax.recipes.stage import Record
 from deconfound_jax.simulate import newsroom
 from deconfound_jax.structs import Design
+from deconfound_jax.train.hosts import fetch
+from experiments import rundir
 from experiments.newsroom_study import designs
 from experiments.presets.newsroom import newsroom as preset
 
@@ -86,7 +88,7 @@ def reference_of(config: OverOptimisation, record: Record) -> Reference:
     words = tokenizer.closed(newsroom.vocabulary(run.simulation))
     decoder = Decoder(run.decoder, words.size)
     tokens_nl = words.encode(newsroom.simulate(run.simulation, config.reference_seed)[0].text, run.decoder.length)
-    stage = sft_stage(decoder, run.sft)
+    stage = sft_stage(decoder, run.sft, run.align.accumulate).on(rundir.mesh_of(run))
     params = train_reference(decoder, stage, tokens_nl, run.sft, config.reference_seed, record)
     return Reference(decoder, words, params)
 
@@ -99,7 +101,7 @@ def sampler(config: OverOptimisation, reference: Reference) -> Callable:
     def draw(params, key, temperature):
         return sample(decoder, params, key, config.samples, length, temperature=temperature)[0]
 
-    return lambda key, temperature: np.asarray(draw(reference.params, key, jnp.float32(temperature)))
+    return lambda key, temperature: fetch(draw(reference.params, key, jnp.float32(temperature)))
 
 
 def pool_of(reference: Reference, tokens_nl: np.ndarray, run: Run) -> Pool:

@@ -27,9 +27,9 @@ from deconfound_jax.config import Dpo, Run
 from deconfound_jax.evaluate import truth
 from deconfound_jax.recipes.preference import align_dpo, labels
 from deconfound_jax.recipes.reference import decoder_features, train_reference
-from deconfound_jax.recipes.stage import Record
 from deconfound_jax.recipes.texts import Texts
 from deconfound_jax.simulate import newsroom
+from deconfound_jax.train.files import writes
 from experiments import rundir
 from experiments.cli import markdown, parse_study, progress, publish
 from experiments.newsroom_study import Compiled, Curve, compile_once, curve_of, designs, fit_once, newsroom_watch
@@ -62,7 +62,6 @@ class Size(NamedTuple):
 def run(config: PosteriorValue, workdir, on_step: Callable | None = None) -> dict[str, Any]:
     """Every seed, size and variant; returns what results.json holds."""
     workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     simulation = dataclasses.replace(config.run.simulation, articles=max(config.articles))
     align = dataclasses.replace(config.run.align, recipe="dpo")
     run = dataclasses.replace(config.run, methods=("deconfounded",), simulation=simulation, align=align)
@@ -70,7 +69,8 @@ def run(config: PosteriorValue, workdir, on_step: Callable | None = None) -> dic
     sizes = {seed: run_seed(config, run, compiled, seed, workdir, on_step) for seed in config.seeds}
     results = summarise(config, sizes) | {"newsroom.posterior_value.compilations": compiled.policy.traces()}
     rundir.write_results(workdir, results)
-    _plot(config, sizes, workdir)
+    if writes():
+        _plot(config, sizes, workdir)
     return results
 
 
@@ -78,7 +78,7 @@ def run_seed(config: PosteriorValue, run: Run, c: Compiled, seed: int, workdir, 
     """One reference, and a reward and three policies a size of log."""
     logs, known = newsroom.simulate(run.simulation, seed)
     tokens_nl = c.tokenizer.encode(logs.text, run.decoder.length)
-    record = Record(workdir, f"seed{seed}-sft", run.checkpoint_every, on_step)
+    record = rundir.record_of(run, workdir, f"seed{seed}-sft", on_step)
     reference = train_reference(c.decoder, c.sft, tokens_nl, run.sft, seed, record)
     features_nd = decoder_features(c.decoder, reference, tokens_nl, run.features)
     watch = [(run.align.evaluate_every, newsroom_watch(c, reference, seed))]
@@ -93,7 +93,7 @@ def run_seed(config: PosteriorValue, run: Run, c: Compiled, seed: int, workdir, 
         reward = model_form(posterior, features_nd[:n])
         texts = Texts(tokens_nl[:n], log.codes(log.roles.pair_within))
         for variant, dpo in variants(run.dpo).items():
-            stage_record = Record(workdir, f"{name}-{variant}", run.checkpoint_every, on_step)
+            stage_record = rundir.record_of(run, workdir, f"{name}-{variant}", on_step)
             align_dpo(c.decoder, c.policy, reference, texts, reward, dpo, run.align, seed, stage_record, watch)
         curves = {variant: curve_of(workdir, f"{name}-{variant}") for variant in VARIANTS}
         correlation = float(np.corrcoef(reward.mean, known.reward_n[:n])[0, 1])

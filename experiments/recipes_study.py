@@ -27,15 +27,15 @@ from deconfound_jax.config import Align, Dro, Grpo, Kto, Run, Top
 from deconfound_jax.evaluate import truth
 from deconfound_jax.recipes.best_of_n import best_of_curve
 from deconfound_jax.recipes.choice import align_policy, config_of, stage_of
-from deconfound_jax.recipes.joint import align_jointly, joint_stage
+from deconfound_jax.recipes.joint import align_jointly
 from deconfound_jax.recipes.reference import decoder_features, train_reference
-from deconfound_jax.recipes.stage import Record, Stage
+from deconfound_jax.recipes.stage import Stage
 from deconfound_jax.recipes.texts import Texts
 from deconfound_jax.simulate import newsroom
 from deconfound_jax.structs import Logs
 from experiments import rundir
 from experiments.cli import parse_study, progress, publish, tables_and_bars
-from experiments.newsroom_study import Compiled, compile_once, curve_of, designs, fit_once, newsroom_watch
+from experiments.newsroom_study import Compiled, compile_once, curve_of, designs, fit_once, joint_of, newsroom_watch
 from experiments.presets.newsroom import newsroom as preset
 
 TRAINED = ("top", "dpo", "kto", "dro", "grpo")
@@ -84,11 +84,11 @@ class Learned(NamedTuple):
 def run(config: Recipes, workdir, on_step: Callable | None = None) -> dict[str, Any]:
     """Runs every seed, recipe and reward; returns what results.json holds."""
     workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     run = dataclasses.replace(config.run, methods=("naive", "covariate", "deconfounded"))
     compiled, curves, traces = compile_once(run), {}, {}
     trained = [recipe for recipe in config.recipes if recipe in TRAINED]
-    stages = {r: stage_of(compiled.decoder, config_of(_of(run, r)), run.features) for r in trained}
+    scale = run.align.dispatch, run.align.accumulate, compiled.policy.mesh
+    stages = {r: stage_of(compiled.decoder, config_of(_of(run, r)), run.features, *scale) for r in trained}
     joints: dict[Any, Stage] = {}
     for seed in config.seeds:
         found = learn(config, run, compiled, seed, workdir, on_step)
@@ -112,7 +112,7 @@ def learn(config: Recipes, run: Run, c: Compiled, seed: int, workdir: epath.Path
     """Reference, features and the four rewards of one seed."""
     logs, _ = newsroom.simulate(run.simulation, seed)
     tokens_nl = c.tokenizer.encode(logs.text, run.decoder.length)
-    record = Record(workdir, f"seed{seed}-sft", run.checkpoint_every, on_step)
+    record = rundir.record_of(run, workdir, f"seed{seed}-sft", on_step)
     reference = train_reference(c.decoder, c.sft, tokens_nl, run.sft, seed, record)
     features_nd = decoder_features(c.decoder, reference, tokens_nl, run.features)
     causal = dataclasses.replace(run.causal, seed=seed)
@@ -138,7 +138,7 @@ def policy(run: Run, c: Compiled, found: Learned, stage: Stage, recipe: str, rew
     name = f"seed{found.seed}-{recipe}-{reward}"
     align_policy(
         c.decoder, stage, found.reference, found.texts, found.rewards[reward], found.anywhere[reward],
-        config_of(_of(run, recipe)), run.align, found.seed, Record(workdir, name, run.checkpoint_every, on_step),
+        config_of(_of(run, recipe)), run.align, found.seed, rundir.record_of(run, workdir, name, on_step),
         [(run.align.evaluate_every, watch)],
     )  # fmt: skip
     return curve_of(workdir, name)
@@ -148,9 +148,9 @@ def jointly(run: Run, c: Compiled, found: Learned, joints: dict, recipe: str, wa
     """The same, the causal part learning beside the policy."""
     name, spec, knobs = f"seed{found.seed}-{recipe}-joint", found.prepared.spec, config_of(_of(run, recipe))
     if (recipe, spec) not in joints:
-        joints[recipe, spec] = joint_stage(c.decoder, spec, knobs, run.joint, run.features)
+        joints[recipe, spec] = joint_of(_of(run, recipe), c, spec)
     align_jointly(c.decoder, joints[recipe, spec], found.reference, found.texts, found.prepared, knobs, run.align,
-                  run.joint, found.seed, Record(workdir, name, run.checkpoint_every, on_step),
+                  run.joint, found.seed, rundir.record_of(run, workdir, name, on_step),
                   [(run.align.evaluate_every, watch)])  # fmt: skip
     return curve_of(workdir, name)
 
@@ -158,7 +158,7 @@ def jointly(run: Run, c: Compiled, found: Learned, joints: dict, recipe: str, wa
 def best_of(run: Run, c: Compiled, found: Learned, reward: str) -> list[tuple[float, float]]:
     """(KL, true share) of the best of n, from one pool of the reference's samples."""
     key = jax.random.fold_in(jax.random.key(10_000 + found.seed), 1)
-    tokens_nl = np.asarray(c.draw(found.reference, found.reference, key)[0])
+    tokens_nl = c.draw(found.reference, found.reference, key)[0]
     features_nd = decoder_features(c.decoder, found.reference, tokens_nl, run.features)
     score_n = scored(found.anywhere[reward].draws(jnp.asarray(features_nd)), run.best_of_n.kappa)
     true_n = newsroom.true_reward(c.tokenizer.decode(tokens_nl))

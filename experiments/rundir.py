@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from deconfound_jax.config import Align, Run
+from deconfound_jax.recipes.stage import Record
 from deconfound_jax.structs import dump_json
+from deconfound_jax.train.files import write_whole, writes
+from deconfound_jax.train.mesh import make_mesh
+from deconfound_jax.train.metrics import Writer
+from deconfound_jax.train.writers import tensorboard, weights_and_biases
 
+# A run goes on with other devices, and shown elsewhere.
+_FREE = ("mesh", "writers")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpyro", "chex", "einops", "numpy", "scipy")
 
 
 def claim(workdir: epath.PathLike, config: Run, preset: Run | None, fingerprint: str) -> epath.Path:
-    """Makes the directory and writes config.json, or checks that the run in it is this one.
+    """Makes the directory and writes config.json, or checks that the run in it is this one; devices and writers may
+    be others.
 
     Raises:
       ValueError: the directory holds a run with another config or other data; every
@@ -34,18 +44,40 @@ def claim(workdir: epath.PathLike, config: Run, preset: Run | None, fingerprint:
     resolved = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists():
         stored = json.loads(path.read_text())
-        changed = [f"{k}: {a!r} there, {b!r} asked for" for k, (a, b) in difference(stored["config"], resolved).items()]
+        bound, asked = ({k: v for k, v in c.items() if k not in _FREE} for c in (stored["config"], resolved))
+        changed = [f"{k}: {a!r} there, {b!r} asked for" for k, (a, b) in difference(bound, asked).items()]
         if stored["data"] != fingerprint:
             changed.append(f"data: fingerprint {stored['data']} there, {fingerprint} asked for")
         if changed:
             raise ValueError(f"{workdir} holds another run; take another --workdir, or restore: " + "; ".join(changed))
         return workdir
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+    if writes():
         preset_json = json.loads(json.dumps(dataclasses.asdict(preset))) if preset else resolved
         changed = {name: new for name, (_, new) in difference(preset_json, resolved).items()}
-        path.write_text(dump_json({"config": resolved, "changed_from_preset": changed, "data": fingerprint}))
+        write_whole(path, dump_json({"config": resolved, "changed_from_preset": changed, "data": fingerprint}))
     return workdir
+
+
+def mesh_of(config: Run) -> Mesh:
+    """All devices as `config.mesh` divides them; ValueError where it does not."""
+    return make_mesh(**dataclasses.asdict(config.mesh))
+
+
+def record_of(config: Run, workdir, name: str, on_step: Callable | None = None) -> Record:
+    """Where the stage `name` of a run is written, and shown."""
+    writers = open_writers(config.writers, os.fspath(workdir), config.name) if writes() else ()
+    return Record(workdir, name, config.checkpoint_every, on_step, writers)
+
+
+@functools.cache
+def open_writers(names: tuple[str, ...], workdir: str, run: str) -> tuple[Writer, ...]:
+    """Opens the writers of one run directory, once in a process."""
+    place = epath.Path(workdir)
+    opened = {
+        "tensorboard": lambda: tensorboard(place / "tensorboard"),
+        "wandb": lambda: weights_and_biases("deconfound_jax", f"{run}-{place.name}"),
+    }
+    return tuple(opened[name]() for name in names)
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -62,8 +94,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
 
 def write_results(workdir: epath.Path, results: Mapping[str, Any]) -> None:
     """results.json: one flat object, keys `<study>.<log>.<features>.<method>.<metric>`; not a number becomes null."""
-    if jax.process_index() == 0:
-        (workdir / "results.json").write_text(dump_json({k: _finite(v) for k, v in results.items()}))
+    if writes():
+        write_whole(workdir / "results.json", dump_json({k: _finite(v) for k, v in results.items()}))
 
 
 def pages():
@@ -102,6 +134,8 @@ def provenance() -> dict[str, Any]:
 def record(workdir: epath.Path, script: str, config: Run, table: str) -> epath.Path:
     """Copies results with their provenance to docs/results/<script>/<study>.{json,md}: a published number."""
     folder = epath.Path("docs/results") / script
+    if not writes():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     made = provenance() | {"seeds": list(config.seeds)}
     results = json.loads((workdir / "results.json").read_text())

@@ -14,8 +14,10 @@ from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.language_model import load_language_model
 from deconfound_jax.recipes.curve import Draw, policy_sampler, prompt_sampler
 from deconfound_jax.recipes.reference import sft_stage, train_reference
-from deconfound_jax.recipes.stage import Record
 from deconfound_jax.structs import Logs
+from deconfound_jax.train.files import writes
+from deconfound_jax.train.mesh import shard_state
+from experiments import rundir
 
 _log = logging.getLogger(__name__)
 
@@ -45,13 +47,14 @@ def start(config: Run, logs: Logs, words_n: np.ndarray, workdir: epath.Path, on_
         return published(config, logs, workdir)
     texts, length = logs.text, config.decoder.length
     words = tokenizer.train_bpe([texts[i] for i in words_n], config.decoder.vocabulary)
-    words.save(workdir / "tokenizer.json")
+    if writes():
+        words.save(workdir / "tokenizer.json")
     decoder = Decoder(config.decoder, words.size)
     tokens_nl = words.encode(texts, length)
     _warn_of_cuts("decoder.length", length, words.count_truncated(texts, length), len(texts))
     unique_n = words_n[np.unique(logs.codes(logs.roles.text)[words_n], return_index=True)[1]]
-    record = Record(workdir, "sft", config.checkpoint_every, on_step)
-    stage = sft_stage(decoder, config.sft)
+    record = rundir.record_of(config, workdir, "sft", on_step)
+    stage = sft_stage(decoder, config.sft, config.align.accumulate).on(rundir.mesh_of(config))
     reference = train_reference(decoder, stage, tokens_nl[unique_n], config.sft, config.seeds[0], record)
     return Start(decoder, reference, words, tokens_nl, None)
 
@@ -59,12 +62,15 @@ def start(config: Run, logs: Logs, words_n: np.ndarray, workdir: epath.Path, on_
 def published(config: Run, logs: Logs, workdir: epath.Path) -> Start:
     """A published model as it is; every text is what stands behind `policy.prompt`."""
     lm, length = load_language_model(config.policy.source), config.policy.length
-    lm.tokenizer.save(workdir / "tokenizer.json")
+    if writes():
+        lm.tokenizer.save(workdir / "tokenizer.json")
     texts = [" " + text for text in logs.text]  # as a word behind the prompt's last
     tokens_nl = lm.tokenizer.encode(texts, length, add_bos=False)
     _warn_of_cuts("policy.length", length, lm.tokenizer.count_truncated(texts, length, add_bos=False), len(texts))
     prompt_1q = lm.tokenizer.encode([config.policy.prompt], lm.decoder.config.length, add_eos=False, marks=True)
-    return Start(lm.decoder, lm.params, lm.tokenizer, tokens_nl, prompt_1q[:, prompt_1q[0] != tokenizer.PAD])
+    mesh = rundir.mesh_of(config)
+    params = lm.params if mesh.size == 1 else shard_state(lm.params, mesh)
+    return Start(lm.decoder, params, lm.tokenizer, tokens_nl, prompt_1q[:, prompt_1q[0] != tokenizer.PAD])
 
 
 def _warn_of_cuts(knob: str, length: int, cut: int, n: int) -> None:

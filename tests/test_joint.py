@@ -19,7 +19,7 @@ from deconfound_jax.align.joint import (
     update_causal,
 )
 from deconfound_jax.align.losses import weighted_mean
-from deconfound_jax.align.preference import dpo_objective
+from deconfound_jax.align.preference import preference_objective
 from deconfound_jax.causal import conditional
 from deconfound_jax.causal.fit import fit_prepared
 from deconfound_jax.causal.reward import prefer
@@ -92,7 +92,7 @@ def test_gradients_equal_the_two_stage_functions_at_the_same_posterior(small):
     # A linear optimizer shows the gradient as the parameters' change.
     identity = optax.sgd(1.0)
     state = state._replace(opt_state=identity.init(params))
-    step = joint_step(prepared.spec, JOINT, dpo_objective(decoder), identity, fill_pairs("one"))
+    step = joint_step(prepared.spec, JOINT, preference_objective(decoder), identity, fill_pairs("one"))
     after, _ = step(state, {"beta": jnp.float32(0.3)}, batch._replace(rows=rows(9)), key)
 
     # Two stages, by hand: the posterior that the step had, draws, labels by pair, the DPO objective's gradient.
@@ -102,7 +102,7 @@ def test_gradients_equal_the_two_stage_functions_at_the_same_posterior(small):
     groups = np.arange(40).reshape(8, 5)
     label, weight = pair_labels(reward_sn, groups, float(reward_sn.mean(0).std()), "one")
     two_stage = batch.texts._replace(label_bp=label, weight_bp=weight)
-    objective = dpo_objective(decoder)
+    objective = preference_objective(decoder)
 
     def loss(p):
         per_example, w, penalty, _ = objective(p, {"beta": jnp.float32(0.3)}, two_stage, key)

@@ -192,6 +192,7 @@ def test_the_draws_of_a_microbatch_are_its_own():
 
 def test_eight_devices_are_one():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n{ON_EIGHT}"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, env=environment,

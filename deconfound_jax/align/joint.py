@@ -129,13 +129,15 @@ def fill_scored(weighting: str) -> Callable:
 
 
 def joint_step(spec: Spec, config: Joint, objective: Callable, optimizer: optax.GradientTransformation, fill: Callable,
-               updates: int = 1) -> Callable:  # fmt: skip
+               updates: int = 1, accumulate: int = 1) -> Callable:  # fmt: skip
     """Builds `(state, frozen, batch, key) -> (state, metrics)`; `train.step.jit_step` compiles it.
 
     Args:
       objective: of the preference update, over what `fill` returns.
       fill: (params, frozen, batch, coefficients (s, d), key) -> the objective's batch.
       updates: of the policy on one batch.
+      accumulate: microbatches of the texts in an update, see `update.update_policy`; rows are read, and texts judged,
+        all at once.
 
     `state.causal` is a `CausalState`. The metrics hold the current psi by name, rows seen, and the objective's.
     """
@@ -146,7 +148,7 @@ def joint_step(spec: Spec, config: Joint, objective: Callable, optimizer: optax.
         coefficients_sd = text_draws(spec, causal, config.draws, key)
         texts = jax.lax.stop_gradient(fill(state.params, frozen, batch, coefficients_sd, key))
         params, opt_state, metrics = update_several(
-            objective, optimizer, state.params, state.opt_state, frozen, texts, key, updates
+            objective, optimizer, state.params, state.opt_state, frozen, texts, key, updates, accumulate
         )
         warm = causal.seen >= config.warm_rows
         params, opt_state = jax.tree.map(

@@ -86,8 +86,3 @@ def preference_objective(decoder: Decoder, loss: str = "sigmoid", normalise: boo
         return chosen.loss(a_p, b_p, label_p, *knobs), weight_p, 0.0, metrics
 
     return objective
-
-
-def dpo_objective(decoder: Decoder) -> Callable:
-    """`preference_objective` of soft-label DPO; `frozen` is {"beta": scalar}."""
-    return preference_objective(decoder, "sigmoid")

@@ -59,31 +59,34 @@ def sample_groups(
     return fill
 
 
-def round_step(objective: Callable, optimizer: optax.GradientTransformation, fill: Callable, updates: int = 1):
+def round_step(objective: Callable, optimizer: optax.GradientTransformation, fill: Callable, updates: int = 1,
+               accumulate: int = 1) -> Callable:  # fmt: skip
     """Builds `(state, frozen, batch, key) -> (state, metrics)`: fill, then `updates` of the policy on it.
 
-    `frozen["coefficients"]` (s, d) are the reward's draws, standardised units.
+    `frozen["coefficients"]` (s, d) are the reward's draws, standardised units. `accumulate`: see
+    `update.update_policy`; the texts are sampled all at once.
     """
 
     def step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
         texts = jax.lax.stop_gradient(fill(state.params, frozen, batch, frozen["coefficients"], key))
         params, opt_state, metrics = update_several(
-            objective, optimizer, state.params, state.opt_state, frozen, texts, key, updates
+            objective, optimizer, state.params, state.opt_state, frozen, texts, key, updates, accumulate
         )
         return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     return step
 
 
-def update_several(objective, optimizer, params: Any, opt_state: Any, frozen, batch, key, updates: int):
+def update_several(objective, optimizer, params: Any, opt_state: Any, frozen, batch, key, updates: int,
+                   accumulate: int = 1):  # fmt: skip
     """`update_policy` on the same batch several times; the metrics are those of the last."""
     if updates == 1:
-        return update_policy(objective, optimizer, params, opt_state, frozen, batch, key)
+        return update_policy(objective, optimizer, params, opt_state, frozen, batch, key, accumulate)
 
     def one(carry, i):
         params, opt_state, metrics = update_policy(
-            objective, optimizer, *carry, frozen, batch, jax.random.fold_in(key, i)
+            objective, optimizer, *carry, frozen, batch, jax.random.fold_in(key, i), accumulate
         )
         return (params, opt_state), metrics
 

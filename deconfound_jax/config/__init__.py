@@ -11,6 +11,7 @@ from deconfound_jax.config.logs import LogsSource, Split
 from deconfound_jax.config.models import Decoder, Features, Policy
 from deconfound_jax.config.report import Report
 from deconfound_jax.config.run import Run
+from deconfound_jax.config.scale import Mesh
 from deconfound_jax.config.simulate import Newsroom
 from deconfound_jax.config.verdict import Checks
 
@@ -33,6 +34,7 @@ __all__ = [
     "LogsSource",
     "Lora",
     "Lowess",
+    "Mesh",
     "Newsroom",
     "Odin",
     "Policy",

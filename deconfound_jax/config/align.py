@@ -26,6 +26,7 @@ class Align:
     accept_risk: bool = False  # train on a reward whose verdict is not `consistent`
     equal_texts: Literal["refuse", "drop"] = "refuse"  # pairs of two equal texts teach nothing
     dispatch: int = 1  # steps of one call of the compiled graph; divides the steps between evaluations and checkpoints
+    accumulate: int = 1  # microbatches a batch is read in, the reference's too: the memory of one, the gradient of all
     evaluate_every: int = 10  # steps between samplings of the policy (KL, reward and share along the way)
     samples: int = 1024  # texts sampled for each of them
     kl: float = 1.0  # nats a text: policies are compared here, by interpolation along their training

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from deconfound_jax.config.align import Align, BestOfN, Dpo, Dro, Grpo, Joint, Kto, Sft, Top
 from deconfound_jax.config.causal import Causal
 from deconfound_jax.config.logs import LogsSource
 from deconfound_jax.config.models import Decoder, Features, Policy
 from deconfound_jax.config.report import Report
+from deconfound_jax.config.scale import Mesh
 from deconfound_jax.config.simulate import Newsroom
 from deconfound_jax.structs import Roles
 
@@ -37,4 +39,6 @@ class Run:
     best_of_n: BestOfN = BestOfN()
     joint: Joint = Joint()
     report: Report = Report()
+    mesh: Mesh = Mesh()
     checkpoint_every: int = 50  # steps between checkpoints of a training stage
+    writers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside metrics.jsonl

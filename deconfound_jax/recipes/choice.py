@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jax.sharding import Mesh
+
 from deconfound_jax.align.scoring import TextReward
 from deconfound_jax.causal.reward import Reward
 from deconfound_jax.config import Align, Dpo, Dro, Features, Grpo, Kto, Run, Top
@@ -11,8 +13,9 @@ from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.recipes.preference import align_dpo, dpo_stage
 from deconfound_jax.recipes.rounds import align_grpo, grpo_stage
 from deconfound_jax.recipes.singles import align_singles, single_stage
-from deconfound_jax.recipes.stage import Record, Stage
+from deconfound_jax.recipes.stage import Record, Stage, batch_of
 from deconfound_jax.recipes.texts import Texts
+from deconfound_jax.train.mesh import check_rows
 
 Config = Dpo | Top | Kto | Dro | Grpo
 
@@ -28,15 +31,37 @@ def config_of(run: Run) -> Config:
     return {"dpo": run.dpo, "top": run.top, "kto": run.kto, "dro": run.dro, "grpo": run.grpo}[run.align.recipe]
 
 
-def stage_of(decoder: Decoder, config: Config, features: Features, dispatch: int = 1) -> Stage:
-    """The compiled step of a recipe; `features` are GRPO's, whose texts no log holds."""
+def stage_of(
+    decoder: Decoder, config: Config, features: Features, dispatch: int = 1, accumulate: int = 1,
+    mesh: Mesh | None = None,
+) -> Stage:  # fmt: skip
+    """The compiled step of a recipe; `features` are GRPO's, whose texts no log holds.
+
+    Raises:
+      ValueError naming the knob: `dispatch`, `accumulate` or the mesh does not divide what it must.
+    """
     if isinstance(config, Dpo):
-        stage = dpo_stage(decoder, config)
+        stage = dpo_stage(decoder, config, accumulate)
     elif isinstance(config, Grpo):
-        stage = grpo_stage(decoder, config, features)
+        stage = grpo_stage(decoder, config, features, accumulate=accumulate)
     else:
-        stage = single_stage(decoder, config)
-    return stage.dispatched(dispatch)
+        stage = single_stage(decoder, config, accumulate)
+    return stage.dispatched(dispatch).on(mesh)
+
+
+def check_scale(run: Run, mesh: Mesh) -> None:
+    """Refuses by the knob's name, before anything is trained, what a run's mesh, `align.accumulate` and
+    `align.dispatch` do not divide: there is a state to save and to look at only between dispatches."""
+    config, align = config_of(run), run.align
+    (name, rows), steps = batch_of(config), "rounds" if isinstance(config, Grpo) else "steps"
+    check_rows(name, rows, mesh, align.accumulate)
+    if not run.policy.source:
+        check_rows(*batch_of(run.sft), mesh, align.accumulate)
+    periods = {f"{name.split('.')[0]}.{steps}": vars(config)[steps], "align.evaluate_every": align.evaluate_every,
+               "checkpoint_every": run.checkpoint_every}  # fmt: skip
+    for period, length in periods.items():
+        if align.dispatch < 1 or length % align.dispatch:
+            raise ValueError(f"align.dispatch: expected a divisor of {period} = {length}, got {align.dispatch}")
 
 
 def align_policy(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, reward: Reward,

@@ -17,20 +17,21 @@ from deconfound_jax.align.logprobs import group_scores, sequence_logprob
 from deconfound_jax.align.policy import variables_of
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.sample import generate, sample
+from deconfound_jax.train.hosts import fetch
 
 Draw = Callable[[Any, Any, Any], tuple[Any, Any, Any]]
 
 
 def policy_sampler(decoder: Decoder, samples: int) -> Draw:
     """Compiled (policy, reference, key) -> whole texts of an own vocabulary (n, l), their log-probability under the
-    policy and under the reference, (n,) nats each: what a KL estimate needs."""
+    policy and under the reference, (n,) nats each, on the host: what a KL estimate needs."""
 
     @jax.jit
     def draw(params, reference, key):
         tokens_nl, own_n = sample(decoder, params, key, samples, decoder.config.length)
         return tokens_nl, own_n, sequence_logprob(decoder, reference, tokens_nl)
 
-    return draw
+    return lambda params, reference, key: fetch(draw(params, reference, key))
 
 
 def prompt_sampler(
@@ -45,7 +46,7 @@ def prompt_sampler(
         tokens_nl = rearrange(drawn.tokens, "b n l -> (b n) l")
         return tokens_nl, *(rearrange(a.sum(-1), "b n -> (b n)") for a in (drawn.logprob, other.logprob))
 
-    return draw
+    return lambda params, reference, key: fetch(draw(params, reference, key))
 
 
 def policy_watch(
@@ -71,7 +72,7 @@ def policy_watch(
     def evaluator(state, step):
         params = {name: leaf for name, leaf in state.params.items() if name != "value"}
         policy = variables_of(params, {"base": reference} if lora else {})
-        tokens_nl, own_n, reference_n = (np.asarray(a) for a in draw(policy, reference, key))
+        tokens_nl, own_n, reference_n = draw(policy, reference, key)
         gap_n = own_n.astype(np.float64) - reference_n
         found = {"kl": float(gap_n.mean()), "kl_error": float(gap_n.std(ddof=1) / len(gap_n) ** 0.5)}
         if proxy is not None:

@@ -19,9 +19,9 @@ from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.tokenizer import END
 from deconfound_jax.recipes.preference import pair_knobs, pair_objective, pairs_of
 from deconfound_jax.recipes.reference import text_logprobs
-from deconfound_jax.recipes.rounds import OWN, featuriser, grpo_knobs, grpo_objective, prompt_batches
+from deconfound_jax.recipes.rounds import OWN, featuriser, grpo_knobs, grpo_objective, prompt_batches, round_tokens
 from deconfound_jax.recipes.singles import objective_of, start_of
-from deconfound_jax.recipes.stage import Record, Stage, train, trained_part
+from deconfound_jax.recipes.stage import Record, Stage, batch_of, train, trained_part
 from deconfound_jax.recipes.texts import Texts, check_texts, different_texts
 from deconfound_jax.structs import Scored
 from deconfound_jax.train.step import adamw, jit_step
@@ -29,25 +29,31 @@ from deconfound_jax.train.step import adamw, jit_step
 Config = Dpo | Kto | Dro | Grpo
 
 
-def joint_stage(decoder: Decoder, spec: Spec, config: Config, joint: Joint, features: Features | None = None) -> Stage:
+def joint_stage(decoder: Decoder, spec: Spec, config: Config, joint: Joint, features: Features | None = None,
+                dispatch: int = 1, accumulate: int = 1) -> Stage:  # fmt: skip
     """The compiled joint step. Its first `warm_rows / rows` steps move the causal part alone.
 
     Args:
       features: for `Grpo`, whose texts no log holds: how the frozen reference's states are pooled.
+      dispatch: steps of one call; the steps in all are the next multiple of it.
+      accumulate: microbatches of the texts.
     """
     steps = config.rounds if isinstance(config, Grpo) else config.steps
-    optimizer, updates = adamw(config.learning_rate, steps), 1
+    optimizer, updates, tokens = adamw(config.learning_rate, steps), 1, None
     if isinstance(config, Grpo):
-        objective, updates = grpo_objective(decoder, config), config.updates
-        featurise = featuriser(decoder, features or Features())
-        fill = sample_groups(decoder, featurise, config, decoder.config.length - 1, (END,))
+        objective, updates, new_tokens = grpo_objective(decoder, config), config.updates, decoder.config.length - 1
+        featurise, tokens = featuriser(decoder, features or Features()), round_tokens(config, new_tokens)
+        fill = sample_groups(decoder, featurise, config, new_tokens, (END,))
     elif isinstance(config, Dpo):
         objective, fill = pair_objective(decoder, config), fill_pairs(config.weight)
     else:
         precise = isinstance(config, Dro) and config.weight == "precision"
         objective, fill = objective_of(decoder, config), fill_scored("precision" if precise else "one")
-    step = jit_step(joint_step(spec, joint, objective, optimizer, fill, updates))
-    return Stage(step, optimizer, steps + -(-joint.warm_rows // joint.rows) - 1)
+    step = jit_step(joint_step(spec, joint, objective, optimizer, fill, updates, accumulate))
+    steps += -(-joint.warm_rows // joint.rows) - 1
+    steps += -steps % max(dispatch, 1)
+    stage = Stage(step, optimizer, steps, batch=batch_of(config), accumulate=accumulate, tokens=tokens)
+    return stage.on(None).dispatched(dispatch)
 
 
 def align_jointly(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, prepared: Prepared, config: Config,

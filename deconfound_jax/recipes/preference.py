@@ -13,16 +13,17 @@ from deconfound_jax.causal.reward import Reward
 from deconfound_jax.config import Align, Dpo
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.recipes.reference import text_logprobs
-from deconfound_jax.recipes.stage import Record, Stage, train, trained_part
+from deconfound_jax.recipes.stage import Record, Stage, batch_of, train, trained_part
 from deconfound_jax.recipes.texts import Texts, check_texts, different_texts, require
 from deconfound_jax.structs import Pairs
 from deconfound_jax.train.step import adamw, make_step
 
 
-def dpo_stage(decoder: Decoder, config: Dpo) -> Stage:
+def dpo_stage(decoder: Decoder, config: Dpo, accumulate: int = 1) -> Stage:
     """The compiled two-stage step; labels and beta are arguments, so every method and seed shares it."""
     optimizer = adamw(config.learning_rate, config.steps)
-    return Stage(make_step(pair_objective(decoder, config), optimizer), optimizer, config.steps)
+    step = make_step(pair_objective(decoder, config), optimizer, accumulate=accumulate)
+    return Stage(step, optimizer, config.steps, batch=batch_of(config), accumulate=accumulate).on(None)
 
 
 def pair_objective(decoder: Decoder, config: Dpo) -> Callable:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from deconfound_jax.align.groups import epochs
 from deconfound_jax.align.logprobs import check_targets, group_scores, sequence_logprob, token_scores
@@ -15,15 +16,16 @@ from deconfound_jax.align.losses.likelihood import token_nll
 from deconfound_jax.config import Features, Sft
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.features import pool
+from deconfound_jax.models.rows import ROWS
 from deconfound_jax.models.tokenizer import PAD
-from deconfound_jax.recipes.stage import Record, Stage
-from deconfound_jax.train.loop import run_stage
-from deconfound_jax.train.step import adamw, init_state, make_step
+from deconfound_jax.recipes.stage import Record, Stage, batch_of, mesh_under, train
+from deconfound_jax.train import hosts
+from deconfound_jax.train.step import adamw, make_step
 
-_CHUNK = 256  # texts a compiled pass over a log sees; fixed, so one shape is compiled
+_CHUNK = 256  # texts a compiled pass over a log sees, at least; fixed, so one shape is compiled
 
 
-def sft_stage(decoder: Decoder, config: Sft) -> Stage:
+def sft_stage(decoder: Decoder, config: Sft, accumulate: int = 1) -> Stage:
     """The compiled step of maximum likelihood: mean nats per target token."""
 
     def objective(params, frozen, batch, key):
@@ -31,7 +33,8 @@ def sft_stage(decoder: Decoder, config: Sft) -> Stage:
         return loss_b, jnp.ones_like(loss_b), 0.0, {}
 
     optimizer = adamw(config.learning_rate, config.steps)
-    return Stage(make_step(objective, optimizer), optimizer, config.steps)
+    step = make_step(objective, optimizer, accumulate=accumulate)
+    return Stage(step, optimizer, config.steps, batch=batch_of(config), accumulate=accumulate).on(None)
 
 
 def train_reference(
@@ -43,15 +46,9 @@ def train_reference(
       ValueError: a text without a target token.
     """
     check_targets(tokens_nl)
-    key = jax.random.key(seed)
-    params = decoder.init(jax.random.fold_in(key, 0), jnp.asarray(tokens_nl[:1]))
+    params = decoder.init(jax.random.fold_in(jax.random.key(seed), 0), jnp.asarray(tokens_nl[:1]))
     order = epochs(len(tokens_nl), config.batch, seed)
-    state = run_stage(
-        record.name, init_state(params, stage.optimizer), stage.step, (), lambda i: tokens_nl[order(i)], stage.steps,
-        record.workdir, checkpoint_every=record.checkpoint_every, on_step=record.on_step,
-        key=jax.random.fold_in(key, 1),
-    )  # fmt: skip
-    return state.params
+    return train(stage, params, {}, lambda i: tokens_nl[order(i)], seed, record, stream=1).params
 
 
 def text_logprobs(
@@ -82,12 +79,17 @@ def pooled_states(decoder: Decoder, params: Any, tokens_bl, states: str, pooling
 
 
 def _chunks(function, decoder, params, arrays, *static):
-    found, n = [], len(arrays[0])
-    for start in range(0, n, _CHUNK):
-        pieces = [array[start : start + _CHUNK] for array in arrays]
+    """The function's rows on the host; where the parameters lie on a mesh, its devices share the texts of a chunk."""
+    found, n, chunk, mesh = [], len(arrays[0]), _CHUNK, mesh_under(params)
+    if mesh is not None:
+        lies = NamedSharding(mesh, ROWS)
+        chunk = -(-chunk // (shares := mesh.shape["data"] * mesh.shape["fsdp"])) * shares
+    for start in range(0, n, chunk):
+        pieces = [array[start : start + chunk] for array in arrays]
         rows = len(pieces[0])
-        padded = [np.concatenate([piece, np.repeat(piece[:1], _CHUNK - rows, axis=0)]) for piece in pieces]
-        found.append(np.asarray(function(decoder, params, *static, *padded))[:rows])
+        padded = [np.concatenate([piece, np.repeat(piece[:1], chunk - rows, axis=0)]) for piece in pieces]
+        padded = padded if mesh is None else [hosts.place(piece, lies) for piece in padded]
+        found.append(hosts.fetch(function(decoder, params, *static, *padded))[:rows])
     return np.concatenate(found)
 
 

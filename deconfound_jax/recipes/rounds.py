@@ -17,7 +17,7 @@ from deconfound_jax.config import Align, Features, Grpo
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.tokenizer import BEGIN, END
 from deconfound_jax.recipes.reference import pooled_states
-from deconfound_jax.recipes.stage import Record, Stage, train, trained_part
+from deconfound_jax.recipes.stage import Record, Stage, batch_of, train, trained_part
 from deconfound_jax.recipes.texts import check_prompts, require
 from deconfound_jax.train.step import adamw, jit_step
 
@@ -25,7 +25,8 @@ OWN = np.asarray([[BEGIN]], np.int32)  # the prompt of a decoder with its own vo
 
 
 def grpo_stage(decoder: Decoder, config: Grpo, features: Features, new_tokens: int = 0,
-               stop: Sequence[int] = (END,), featurise: Callable | None = None) -> Stage:  # fmt: skip
+               stop: Sequence[int] = (END,), featurise: Callable | None = None,
+               accumulate: int = 1) -> Stage:  # fmt: skip
     """The compiled round: sample, score, update.
 
     Args:
@@ -33,12 +34,18 @@ def grpo_stage(decoder: Decoder, config: Grpo, features: Features, new_tokens: i
       new_tokens: of a text, at most; 0: what fits behind BEGIN.
       stop: tokens that end a text.
       featurise: in place of `featuriser(decoder, features)`.
+      accumulate: microbatches of groups in which an update reads the round's texts.
     """
-    optimizer = adamw(config.learning_rate, config.rounds)
-    fill = sample_groups(decoder, featurise or featuriser(decoder, features), config,
-                         new_tokens or decoder.config.length - 1, stop)  # fmt: skip
-    step = round_step(grpo_objective(decoder, config), optimizer, fill, config.updates)
-    return Stage(jit_step(step), optimizer, config.rounds)
+    optimizer, new_tokens = adamw(config.learning_rate, config.rounds), new_tokens or decoder.config.length - 1
+    fill = sample_groups(decoder, featurise or featuriser(decoder, features), config, new_tokens, stop)
+    step = round_step(grpo_objective(decoder, config), optimizer, fill, config.updates, accumulate)
+    return Stage(jit_step(step), optimizer, config.rounds, batch=batch_of(config),
+                 accumulate=accumulate, tokens=round_tokens(config, new_tokens)).on(None)  # fmt: skip
+
+
+def round_tokens(config: Grpo, new_tokens: int) -> int:
+    """Tokens that a round samples, at most: texts that end early have fewer."""
+    return config.groups * config.group_size * new_tokens
 
 
 def grpo_objective(decoder: Decoder, config: Grpo) -> Callable:

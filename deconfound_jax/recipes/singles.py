@@ -15,7 +15,7 @@ from deconfound_jax.causal.reward import Reward
 from deconfound_jax.config import Align, Dro, Kto, Top
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.recipes.reference import text_logprobs
-from deconfound_jax.recipes.stage import Record, Stage, train, trained_part
+from deconfound_jax.recipes.stage import Record, Stage, batch_of, train, trained_part
 from deconfound_jax.recipes.texts import Texts, check_texts, require
 from deconfound_jax.structs import Scored
 from deconfound_jax.train.step import adamw, make_step
@@ -23,10 +23,11 @@ from deconfound_jax.train.step import adamw, make_step
 Single = Top | Kto | Dro
 
 
-def single_stage(decoder: Decoder, config: Single) -> Stage:
-    """The compiled step of the recipe that `config` is of."""
+def single_stage(decoder: Decoder, config: Single, accumulate: int = 1) -> Stage:
+    """The compiled step of the recipe that `config` is of. KTO's z0 is then a microbatch's."""
     optimizer = adamw(config.learning_rate, config.steps)
-    return Stage(make_step(objective_of(decoder, config), optimizer), optimizer, config.steps)
+    step = make_step(objective_of(decoder, config), optimizer, accumulate=accumulate)
+    return Stage(step, optimizer, config.steps, batch=batch_of(config), accumulate=accumulate).on(None)
 
 
 def objective_of(decoder: Decoder, config: Single) -> Callable:

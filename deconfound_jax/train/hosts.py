@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 _GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -89,6 +90,17 @@ def place_rows(rows: Any, sharding: Sharding, parts: int) -> jax.Array:
         return jax.device_put(rows, sharding)
     shape = (np.shape(rows)[0] * parts, *np.shape(rows)[1:])
     return jax.make_array_from_process_local_data(sharding, np.asarray(rows), shape)
+
+
+def fetch(tree: Any) -> Any:
+    """Whole arrays on the host, wherever their parts lie. Every process calls it, and gets them."""
+
+    def one(leaf):
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(one, tree)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
