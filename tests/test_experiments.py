@@ -150,8 +150,13 @@ def test_held_out_outcomes_change_nothing_that_is_learned(tmp_path):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), method
 
 
-def test_the_same_command_goes_on_with_a_run(newsroom_run, tmp_path, capsys):
+def test_the_same_command_goes_on_with_a_run(newsroom_run, tmp_path, capsys, monkeypatch):
     """The last policy's state and rows are lost, and all that is written at the end: it ends as the unbroken run."""
+
+    def forbidden(*_):
+        raise AssertionError("the posteriors are there")
+
+    monkeypatch.setattr(newsroom_study, "fit_prepared", forbidden)
     whole, results = newsroom_run
     workdir, lost = tmp_path / "run", "seed0-deconfounded"
     shutil.copytree(whole, workdir)
