@@ -116,6 +116,13 @@ def test_on_one_device_everything_is_whole(state):
     assert set(specs_of(state, make_mesh(jax.devices()[:1])).values()) == {()}
 
 
+def test_where_rows_lie_costs_nothing_on_one_device():
+    decoder = Decoder(DecoderConfig(width=8, layers=1, heads=2, length=4), 10)
+    tokens_bl = jnp.zeros((4, 4), jnp.int32)
+    params = jax.eval_shape(decoder.init, jax.random.key(0), tokens_bl)
+    assert "sharding_constraint" not in str(jax.make_jaxpr(jax.grad(lambda p: decoder.apply(p, tokens_bl)[0].sum()))(params))
+
+
 def test_an_axis_that_does_not_divide_stays_whole_and_is_named(state, caplog):
     found = specs_of(state, AbstractMesh((1, 2, 3), AXES), log=logging.getLogger("mesh"))
     assert found["params/params/layers/q_proj/kernel"] == (None, "fsdp")  # 16 outputs over 3

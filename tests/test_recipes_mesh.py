@@ -104,6 +104,18 @@ def test_stages_made_without_a_config_refuse_too():
         stage_of(decoder, Dpo(), None, mesh=AbstractMesh((12, 1, 1), AXES))
 
 
+def test_writers_are_opened_once_by_the_process_that_writes(tmp_path, monkeypatch):
+    opened, config = [], dataclasses.replace(PRESETS["smoke"](), writers=("tensorboard", "wandb"))
+    monkeypatch.setattr(rundir, "tensorboard", lambda folder: opened.append(str(folder)) or "board")
+    monkeypatch.setattr(rundir, "weights_and_biases", lambda *names: opened.append(names) or "wandb")
+    for name in ("sft", "dpo"):
+        assert rundir.record_of(config, tmp_path, name).writers == ("board", "wandb")
+    assert opened == [str(tmp_path / "tensorboard"), ("deconfound_jax", f"smoke-{tmp_path.name}")]
+    monkeypatch.setattr(rundir, "writes", lambda: False)
+    assert rundir.record_of(config, tmp_path, "dpo").writers == ()
+    assert rundir.record_of(PRESETS["smoke"](), tmp_path, "dpo").writers == ()
+
+
 def test_a_run_goes_on_with_other_devices_and_writers(tmp_path):
     config = PRESETS["smoke"]()
     rundir.claim(tmp_path, config, None, "data")
