@@ -26,7 +26,7 @@ from deconfound_jax.causal.verdict import judged
 from deconfound_jax.config import Run
 from deconfound_jax.models.encoders import ENCODERS, encode_by
 from deconfound_jax.models.features import cached, read_features
-from deconfound_jax.recipes.choice import align_policy, check_scale, config_of, stage_of
+from deconfound_jax.recipes.choice import SCORES_OWN, align_policy, check_scale, config_of, residual_of, stage_of
 from deconfound_jax.recipes.curve import policy_watch
 from deconfound_jax.recipes.reference import decoder_features
 from deconfound_jax.recipes.texts import Texts
@@ -34,7 +34,7 @@ from deconfound_jax.structs import Logs, fingerprint
 from deconfound_jax.train.files import writes
 from experiments import rundir
 from experiments.judging import judge
-from experiments.logs_plan import Plan, check_config, make_plan, read_logs
+from experiments.logs_plan import Part, Plan, check_config, make_plan, read_logs
 from experiments.newsroom_study import designs, save_run
 from experiments.start import Start, start
 
@@ -77,14 +77,10 @@ def learn(config: Run, plan: Plan, logs: Logs, workdir: epath.Path, on_step=None
     # texts the reference may read: all but the first fold's
     words_n = np.setdiff1d(np.arange(len(logs)), first.held_out)
     begun = start(config, logs, words_n, workdir, on_step)
-    features = {}
-    if config.features.source == "tokens" or not config.policy.source:
-        features["tokens"] = decoder_features(begun.decoder, begun.reference, begun.tokens_nl, config.features)
-    if config.features.source != "tokens":
-        features[_feature_name(config)] = file_or_encoder(config, logs, workdir, on_step)
+    features = features_of(config, logs, begun, workdir, on_step)
     rewards, posteriors = fit_rewards(config, plan, logs, features, on_step)
     trained = train_policies(config, plan, logs, begun, rewards, posteriors, workdir, on_step)
-    primary = _feature_name(config)
+    primary = feature_name(config)
     main = {method: posteriors[first.name, primary, method] for method in config.methods}
     # A published reference stays where it is.
     save_run(workdir, trained if config.policy.source else {"sft": begun.reference} | trained, main,
@@ -94,6 +90,16 @@ def learn(config: Run, plan: Plan, logs: Logs, workdir: epath.Path, on_step=None
     draw, key = begun.sampler(_SHOWN), jax.random.key(20_000 + config.seeds[0])
     samples = {m: begun.tokenizer.decode(draw(p, begun.reference, key)[0]) for m, p in policies.items()}
     return Fitted(rewards, posteriors, policies, begun, features, samples)
+
+
+def features_of(config: Run, logs: Logs, begun: Start, workdir: epath.Path, on_step=None) -> dict[str, np.ndarray]:
+    """phi(x) of every row's text: an own decoder's, and those that the config names."""
+    found = {}
+    if config.features.source == "tokens" or not config.policy.source:
+        found["tokens"] = decoder_features(begun.decoder, begun.reference, begun.tokens_nl, config.features)
+    if config.features.source != "tokens":
+        found[feature_name(config)] = file_or_encoder(config, logs, workdir, on_step)
+    return found
 
 
 def fit_rewards(config: Run, plan: Plan, logs: Logs, features: Mapping, on_step=None) -> tuple[dict, dict]:
@@ -106,7 +112,7 @@ def fit_rewards(config: Run, plan: Plan, logs: Logs, features: Mapping, on_step=
                 prepared = prepare(logs.take(part.train), features_nd[part.train], design, config.causal)
                 key = (part.name, name, method)
                 posteriors[key] = fit_prepared(prepared, design, config.causal)
-                if i == 0 and name == _feature_name(config):  # the reward that policies learn from
+                if i == 0 and name == feature_name(config):  # the reward that policies learn from
                     groups_n = logs.codes(roles.group)[part.train] if roles.group else None
                     posteriors[key] = judged(posteriors[key], prepared, groups_n=groups_n)
                 rewards[key] = model_form(posteriors[key], features_nd)
@@ -118,10 +124,10 @@ def fit_rewards(config: Run, plan: Plan, logs: Logs, features: Mapping, on_step=
 def train_policies(config: Run, plan: Plan, logs: Logs, begun: Start, rewards: Mapping, posteriors: Mapping,
                    workdir: epath.Path, on_step=None) -> dict[str, Any]:  # fmt: skip
     """What was trained of a policy a method, learned from the first part's training rows."""
-    first, roles, primary, seed = plan.parts[0], logs.roles, _feature_name(config), config.seeds[0]
+    first, roles, primary, seed = plan.parts[0], logs.roles, feature_name(config), config.seeds[0]
     knobs, recipe = config_of(config), config.align.recipe
-    if recipe == "grpo" and (primary != "tokens" or config.policy.source):
-        raise ValueError("align.recipe: grpo scores texts of its own, by features.source=tokens of an own decoder")
+    if recipe in SCORES_OWN and (primary != "tokens" or config.policy.source):
+        raise ValueError(f"align.recipe: {recipe} scores texts of its own, by features.source=tokens of an own decoder")
     stage = stage_of(begun.decoder, knobs, config.features, config.align.dispatch, config.align.accumulate,
                      rundir.mesh_of(config))  # fmt: skip
     codes_n = logs.codes(roles.pair_within)[first.train] if roles.pair_within else None
@@ -131,13 +137,24 @@ def train_policies(config: Run, plan: Plan, logs: Logs, begun: Start, rewards: M
     found = {}
     for method in config.methods:
         reward = rewards[first.name, primary, method]
-        reward = dataclasses.replace(reward, draws_sn=reward.draws_sn[:, first.train])
-        anywhere = text_reward(posteriors[first.name, primary, method]) if recipe == "grpo" else None
+        reward, anywhere, residual = dataclasses.replace(reward, draws_sn=reward.draws_sn[:, first.train]), None, None
+        if recipe in SCORES_OWN:
+            posterior = posteriors[first.name, primary, method]
+            anywhere, residual = text_reward(posterior), residual_in(config, first, logs, begun, method, posterior)
         record = rundir.record_of(config, workdir, f"{recipe}-{method}", on_step)
         found[method] = align_policy(begun.decoder, stage, begun.reference, texts, reward, anywhere, knobs,
                                      rundir.risked(config.align, method), seed, record,
-                                     [(config.align.evaluate_every, watch)])  # fmt: skip
+                                     [(config.align.evaluate_every, watch)], residual)  # fmt: skip
     return found
+
+
+def residual_in(config: Run, part: Part, logs: Logs, begun: Start, method: str, posterior: Posterior) -> Reward | None:
+    """The part's outcomes without the confounders' share, where the recipe learns from them; else None."""
+    if config.align.recipe != "dr_cpo":
+        return None
+    features_nd = decoder_features(begun.decoder, begun.reference, begun.tokens_nl[part.train], config.features)
+    prepared = prepare(logs.take(part.train), features_nd, designs(config)[method], config.causal)
+    return residual_of(config_of(config), posterior, prepared)
 
 
 def row_keys(logs: Logs) -> np.ndarray:
@@ -174,27 +191,35 @@ def tables(config: Run, results: Mapping[str, Any]) -> list[list[dict[str, Any]]
         _, log, features, method = prefix.split(".")
         for k, value in enumerate(results.get(f"{prefix}.pair_accuracy_z196.seeds", [])):
             by_log.append({"log": f"{log} {k}", "features": features, "method": method, "pair_accuracy_z196": value})
-    policies = [
-        {"policy": m, "KL": results[f"policy.{config.name}.tokens.{m}.kl"],
-         "pair_accuracy": results[f"policy.{config.name}.tokens.{m}.pair_accuracy"],
-         "pair_accuracy_z196": results[f"policy.{config.name}.tokens.{m}.pair_accuracy_z196"]}
-        for m in config.methods
-    ]  # fmt: skip
+    policies = []
+    for method in config.methods:
+        key = f"policy.{config.name}.tokens.{method}"
+        row = {"policy": method, "KL": f"{results[f'{key}.kl']:.2f} ± {results[f'{key}.kl_error']:.2f}"}
+        policies.append(
+            row | {m: _with_interval(results, f"{key}.{m}") for m in ("pair_accuracy", "pair_accuracy_z196")}
+        )
     return [table for table in (overall, by_log, policies) if table]
 
 
 def verdict(config: Run, results: Mapping[str, Any]) -> str:
-    """Gain of deconfounded over naive on clear pairs, by log and features, with its interval."""
+    """Gain of deconfounded over naive on clear pairs, by log and features, then of the policies, with intervals."""
     pieces = []
     for key in (k for k in results if k.endswith("deconfounded.gain_z196")):
-        _, log, features, *_ = key.split(".")
+        kind, log, features, *_ = key.split(".")
+        what = f"{log}, {features} features" if kind == "reward" else "policies' implicit reward"
         low, high = results[f"{key}.low"], results[f"{key}.high"]
-        pieces.append(
-            f"{log}, {features} features: {100 * results[key]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
-        )
+        pieces.append(f"{what}: {100 * results[key]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
     return "Deconfounded minus naive on held-out pairs with |z| > 1.96: " + "; ".join(pieces) + "." if pieces else ""
 
 
-def _feature_name(config: Run) -> str:
+def _with_interval(results: Mapping[str, Any], key: str) -> str | None:
+    """A share and its 95% interval; None where no pair was judged."""
+    if key not in results:
+        return None
+    return f"{results[key]:.3f} [{results[f'{key}.low']:.3f}, {results[f'{key}.high']:.3f}]"
+
+
+def feature_name(config: Run) -> str:
+    """Which features policies learn from, as results name them."""
     source = config.features.source
     return source if source in ("tokens", *ENCODERS) else "file"

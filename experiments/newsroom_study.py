@@ -28,7 +28,7 @@ from deconfound_jax.evaluate import truth
 from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.params import load_params, save_params
-from deconfound_jax.recipes.choice import align_policy, check_scale, config_of, stage_of
+from deconfound_jax.recipes.choice import align_policy, check_scale, config_of, residual_of, stage_of
 from deconfound_jax.recipes.curve import Draw, policy_sampler, policy_watch
 from deconfound_jax.recipes.joint import align_jointly, joint_stage
 from deconfound_jax.recipes.reference import decoder_features, sft_stage, train_reference
@@ -155,6 +155,7 @@ def run_seed(config: Run, compiled: Compiled, joints: dict, seed: int, logs: Log
         policies[method] = align_policy(
             c.decoder, c.policy, reference, texts, rewards[method], text_reward(posteriors[method]),
             config_of(config), rundir.risked(config.align, method), seed, record, watch,
+            residual_of(config_of(config), posteriors[method], prepared[method]),
         )  # fmt: skip
     if seed == config.seeds[0]:
         save_run(workdir, policies, posteriors, features_nd)

@@ -9,7 +9,9 @@ from deconfound_jax.config.baselines import Adam, CausalRewards, CausalRm, InfoR
 from deconfound_jax.config.causal import Causal
 from deconfound_jax.config.logs import LogsSource, Split
 from deconfound_jax.config.models import Decoder, Features, Policy
+from deconfound_jax.config.off_policy import DrCpo, Rejection, Rwr
 from deconfound_jax.config.report import Report
+from deconfound_jax.config.reward_models import RewardModel
 from deconfound_jax.config.run import Run
 from deconfound_jax.config.scale import Mesh
 from deconfound_jax.config.simulate import Newsroom
@@ -25,6 +27,7 @@ __all__ = [
     "Checks",
     "Decoder",
     "Dpo",
+    "DrCpo",
     "Dro",
     "Features",
     "Grpo",
@@ -38,9 +41,12 @@ __all__ = [
     "Newsroom",
     "Odin",
     "Policy",
+    "Rejection",
     "Report",
+    "RewardModel",
     "Rrm",
     "Run",
+    "Rwr",
     "Sft",
     "Split",
     "Top",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-Recipe = Literal["dpo", "kto", "dro", "grpo", "top", "best_of_n"]
+Recipe = Literal["dpo", "kto", "dro", "grpo", "top", "rejection", "rwr", "dr_cpo", "best_of_n"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,9 @@ from deconfound_jax.config.align import Align, BestOfN, Dpo, Dro, Grpo, Joint, K
 from deconfound_jax.config.causal import Causal
 from deconfound_jax.config.logs import LogsSource
 from deconfound_jax.config.models import Decoder, Features, Policy
+from deconfound_jax.config.off_policy import DrCpo, Rejection, Rwr
 from deconfound_jax.config.report import Report
+from deconfound_jax.config.reward_models import RewardModel
 from deconfound_jax.config.scale import Mesh
 from deconfound_jax.config.simulate import Newsroom
 from deconfound_jax.structs import Roles
@@ -36,6 +38,10 @@ class Run:
     kto: Kto = Kto()
     dro: Dro = Dro()
     grpo: Grpo = Grpo()
+    rejection: Rejection = Rejection()
+    rwr: Rwr = Rwr()
+    dr_cpo: DrCpo = DrCpo()
+    reward_model: RewardModel = RewardModel()
     best_of_n: BestOfN = BestOfN()
     joint: Joint = Joint()
     report: Report = Report()

@@ -1,4 +1,4 @@
-"""Best-of-n and rejection sampling by mean - kappa sd: alignment without, or before, training."""
+"""Best-of-n by mean - kappa sd: alignment without training; `recipes.rejection` trains on what it chooses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -47,10 +49,10 @@ def best_of_curve(score_m: np.ndarray, sizes: Sequence[int], truth_m: np.ndarray
     return found
 
 
-def choose(score_bg: np.ndarray) -> np.ndarray:
+def choose(score_bg) -> jax.Array:
     """The best sample of each prompt, (b,): what rejection-sampling SFT trains on."""
     chex.assert_rank(score_bg, 2)
-    return np.argmax(np.asarray(score_bg), axis=1)
+    return jnp.argmax(jnp.asarray(score_bg), axis=1)
 
 
 def chance_of_best(m: int, n: int) -> np.ndarray:

@@ -37,7 +37,12 @@ def joint_stage(decoder: Decoder, spec: Spec, config: Config, joint: Joint, feat
       features: for `Grpo`, whose texts no log holds: how the frozen reference's states are pooled.
       dispatch: steps of one call; the steps in all are the next multiple of it.
       accumulate: microbatches of the texts.
+    Raises:
+      ValueError: a recipe that has no joint step.
     """
+    if not isinstance(config, Config):
+        name = batch_of(config)[0].partition(".")[0]
+        raise ValueError(f"align.recipe: expected dpo, kto, dro or grpo for the joint step, got {name!r}")
     steps = config.rounds if isinstance(config, Grpo) else config.steps
     optimizer, updates, tokens = adamw(config.learning_rate, steps), 1, None
     if isinstance(config, Grpo):
