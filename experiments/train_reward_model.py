@@ -69,9 +69,10 @@ def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | Non
     results = judge(config, plan, logs, fitted, workdir)
     results |= judge_models(config, plan, logs, fitted, models, workdir)
     results["reward_model.compilations"] = stage.traces()
-    if writes():
-        for method, model in models.items():
-            results[f"reward_model.{method}.export"] = save(config, fitted.start, model, workdir, method)
+    for method, model in models.items():
+        whole = model._replace(**fetch({"variables": model.variables, "kernel_d": model.kernel_d}))  # by every process
+        if writes():
+            results[f"reward_model.{method}.export"] = save(config, fitted.start, whole, workdir, method)
     rundir.write_results(workdir, results)
     return results
 
@@ -122,8 +123,12 @@ def judge_models(config: Run, plan: Plan, logs: Logs, fitted: Fitted, models: Ma
 
 
 def save(config: Run, begun: Start, model: Trained, workdir: epath.Path, method: str) -> str:
-    """Writes what was trained and, where there is a classifier of its shape, an export; "" or why there is none."""
-    variables, kernel_d = fetch((model.variables, model.kernel_d))
+    """Writes a model that lies on the host and, where there is a classifier of its shape, an export of it.
+
+    Returns:
+      "", or why there is no export.
+    """
+    variables, kernel_d = model.variables, model.kernel_d
     trained = {name: leaf for name, leaf in variables.items() if name == "lora" or "lora" not in variables}
     folder = workdir / "reward_models"
     save_params(folder / f"{method}.npz", {**trained, "reward": {"kernel": kernel_d}})

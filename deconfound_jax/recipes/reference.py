@@ -56,7 +56,7 @@ def text_logprobs(
 ) -> np.ndarray:
     """Log-probability of each text (n,), in nats; with prompts, of what stands behind them."""
     arrays = (tokens_nl,) if prompt_nq is None else (tokens_nl, prompt_nq)
-    return _chunks(_logprob, decoder, params, arrays)
+    return in_chunks(_logprob, decoder, params, arrays)
 
 
 def decoder_features(decoder: Decoder, params: Any, tokens_nl: np.ndarray, config: Features) -> np.ndarray:
@@ -65,7 +65,7 @@ def decoder_features(decoder: Decoder, params: Any, tokens_nl: np.ndarray, confi
     Args:
       config: `states` (input embeddings, last hidden states, or both side by side) and `pooling`.
     """
-    return _chunks(_pooled, decoder, params, (tokens_nl,), config.states, config.pooling)
+    return in_chunks(_pooled, decoder, params, (tokens_nl,), config.states, config.pooling)
 
 
 def pooled_states(decoder: Decoder, params: Any, tokens_bl, states: str, pooling: str):
@@ -78,7 +78,7 @@ def pooled_states(decoder: Decoder, params: Any, tokens_bl, states: str, pooling
     return pool(jnp.concatenate(parts, -1), tokens_bl != PAD, pooling)
 
 
-def _chunks(function, decoder, params, arrays, *static):
+def in_chunks(function, decoder, params, arrays, *static):
     """The function's rows on the host; where the parameters lie on a mesh, its devices share the texts of a chunk."""
     found, n, chunk, mesh = [], len(arrays[0]), _CHUNK, mesh_under(params)
     if mesh is not None:

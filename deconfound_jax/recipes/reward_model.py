@@ -26,7 +26,7 @@ from deconfound_jax.config import Align, RewardModel
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.heads import RewardHead
 from deconfound_jax.recipes.preference import labels
-from deconfound_jax.recipes.reference import _chunks
+from deconfound_jax.recipes.reference import in_chunks
 from deconfound_jax.recipes.stage import Record, Stage, train, trained_part
 from deconfound_jax.recipes.texts import Texts, check_texts, different_texts, require
 from deconfound_jax.structs import Logs, Pairs
@@ -119,7 +119,7 @@ def model_rewards(
 ) -> np.ndarray:
     """Rewards (n,) of any texts, in units of what the model was trained on; only differences count."""
     arrays = (tokens_nl,) if prompt_nq is None else (tokens_nl, prompt_nq)
-    reward_n = _chunks(_read, decoder, (model.variables, model.kernel_d), arrays, model.pooling)
+    reward_n = in_chunks(_read, decoder, (model.variables, model.kernel_d), arrays, model.pooling)
     return model.unit * reward_n.astype(np.float64)
 
 
