@@ -95,7 +95,11 @@ class SavedRun:
             return encode_by(self.config.features, list(texts))
         if source != "tokens":
             raise ValueError(f"features: this run used the file {source!r}; give the new texts' features as an array")
-        tokens_nl = self.tokenizer.encode(list(texts), self.config.decoder.length)
+        if self.published:  # as `experiments.start.published` does: a word behind the prompt's last
+            texts, length = [" " + text for text in texts], self.config.policy.length
+            tokens_nl = self.tokenizer.encode(texts, length, add_bos=False)
+        else:
+            tokens_nl = self.tokenizer.encode(list(texts), self.config.decoder.length)
         return decoder_features(self.decoder, self.policy("sft"), tokens_nl, self.config.features)
 
     def score(self, texts: Sequence[str], features: np.ndarray | None = None, method: str = "deconfounded"):

@@ -12,6 +12,7 @@ from etils import epath
 
 from deconfound_jax.config import Run
 from deconfound_jax.logs.split import components, folds, one_arm, split
+from deconfound_jax.recipes.choice import SCORES_OWN
 from deconfound_jax.structs import Design, Logs
 from deconfound_jax.train.files import writes
 
@@ -47,6 +48,9 @@ def check_config(config: Run) -> None:
     unknown = set(config.methods) - {"naive", "covariate", "deconfounded"}
     if unknown:
         raise ValueError(f"methods: expected naive, covariate or deconfounded on real logs, got {sorted(unknown)}")
+    recipe, own = config.align.recipe, config.features.source == "tokens" and not config.policy.source
+    if recipe in SCORES_OWN and not own:
+        raise ValueError(f"align.recipe: {recipe} scores texts of its own, by features.source=tokens of an own decoder")
     by = config.logs.split.by
     if by != "components" and (config.logs.one_arm_logs or config.logs.observational):
         raise ValueError(f"logs.split.by: one_arm_logs and observational need 'components', got {by!r}")

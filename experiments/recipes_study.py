@@ -47,11 +47,11 @@ def base() -> Run:
     """The newsroom preset with a setting for every recipe; accept_risk: baselines train, too."""
     return dataclasses.replace(
         preset(),
-        align=Align(evaluate_every=16, samples=2048, kl=1.0, accept_risk=True),
-        top=Top(steps=128, batch=160, learning_rate=5e-4, share=0.25),
-        kto=Kto(steps=128, batch=160, beta=0.15, learning_rate=5e-4),
-        dro=Dro(steps=128, batch=160, tau=0.3, learning_rate=5e-4),
-        grpo=Grpo(rounds=64, groups=16, group_size=8, learning_rate=3e-4, kl=0.02),
+        align=Align(evaluate_every=8, samples=2048, kl=1.0, accept_risk=True),
+        top=Top(steps=96, batch=160, learning_rate=5e-4, share=0.15),
+        kto=Kto(steps=96, batch=160, beta=0.3, learning_rate=3e-4),
+        dro=Dro(steps=96, batch=160, tau=0.5, learning_rate=3e-4),
+        grpo=Grpo(rounds=64, groups=32, group_size=8, learning_rate=3e-4, kl=0.4),
         checkpoint_every=128,
     )
 
@@ -86,7 +86,7 @@ def run(config: Recipes, workdir, on_step: Callable | None = None) -> dict[str, 
     workdir = epath.Path(workdir)
     run = dataclasses.replace(config.run, methods=("naive", "covariate", "deconfounded"))
     compiled, curves, traces = compile_once(run), {}, {}
-    trained = [recipe for recipe in config.recipes if recipe in TRAINED]
+    trained = [recipe for recipe in config.recipes if recipe != "best_of_n"]
     scale = run.align.dispatch, run.align.accumulate, compiled.policy.mesh
     stages = {r: stage_of(compiled.decoder, config_of(_of(run, r)), run.features, *scale) for r in trained}
     joints: dict[Any, Stage] = {}

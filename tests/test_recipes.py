@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_policy import FEATURES, TEXTS, count, log_of, reward_anywhere, reward_of, tiny
 
+from deconfound_jax.align.joint import fill_rollouts
 from deconfound_jax.align.policy import variables_of
 from deconfound_jax.causal.terms import prepare
 from deconfound_jax.config import Align, Dpo, Dro, Grpo, Joint, Kto, Lora, Top
@@ -97,6 +98,25 @@ def test_a_recipe_follows_its_reward_in_one_trace(whole, draw, name):
         assert curve[-1]["kl"] == pytest.approx(float(np.mean(own_n - reference_n)), rel=1e-5)
         assert curve[-1]["true_reward"] == count(tokens_nl).mean()
     assert stage.traces() == 1, "a seed and a reward are no reasons to compile"
+
+
+def test_the_unit_of_a_reward_is_its_spread_over_the_log(tmp_path, whole, draw):
+    stage, first, _ = whole("grpo")
+    of, judged, anywhere = tiny(), reward_of(TEXTS.tokens_nl, RUNS[0][1]), reward_anywhere(RUNS[0][1])
+    judged = dataclasses.replace(judged, draws_sn=8 * judged.draws_sn)  # clicks of eight times as many readers
+    anywhere = anywhere._replace(coefficients_sd=8 * anywhere.coefficients_sd)
+    found = align_policy(of.decoder, stage, of.reference, TEXTS, judged, anywhere, CONFIGS["grpo"],
+                         Align(accept_risk=True), RUNS[0][0], Record(tmp_path, "x", 1000))  # fmt: skip
+    chex.assert_trees_all_close(found, first, rtol=1e-4, atol=1e-5)
+    # In the joint graph there is no log to take the spread over: its features' covariance stands for it.
+    features_nd = np.asarray(decoder_features(of.decoder, of.reference, TEXTS.tokens_nl, FEATURES), np.float64)
+    standard_nd = (features_nd - features_nd.mean(0)) / features_nd.std(0)
+    frozen = {"covariance": np.cov(standard_nd, rowvar=False, ddof=0).astype(np.float32)}
+    fill = fill_rollouts(lambda params, frozen, batch, coefficients_sd, key: coefficients_sd)
+    draws_sd = np.random.default_rng(0).normal(size=(6, standard_nd.shape[1])).astype(np.float32)
+    in_sd = np.asarray(fill((), frozen, None, draws_sd, None))
+    assert (standard_nd @ in_sd.mean(0)).std() == pytest.approx(1, rel=1e-3)
+    np.testing.assert_allclose(in_sd / in_sd[0, 0], draws_sd / draws_sd[0, 0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["top", "dpo", "kto", "dro", "rloo"])

@@ -65,14 +65,17 @@ def refuse(workdir, recipe, texts, message, reference=..., reward=UNJUDGED, alig
 
 EMPTY = [BEGIN, *[PAD] * (LENGTH - 1)]  # nothing is left behind BEGIN
 CASES = {
-    "cut to nothing": (texts_with([3, 9], EMPTY), r"tokens: expected a token after BEGIN in every text, rows \[3, 9\]"),
+    "cut to nothing": (
+        texts_with([3, 9], EMPTY),
+        r"tokens: expected a token after BEGIN in every text, rows \['k3', 'k9'\]",
+    ),
     "cut to nothing behind a prompt": (
         texts_with([3, 9], PAD, prompt_nq=TOKENS_NL[:, :1]),
         r"tokens: expected one behind every prompt, rows k3, k9 have none",
     ),
     "no prompt": (
         texts_with([], prompt_nq=np.where(np.arange(len(TOKENS_NL)) == 5, PAD, BEGIN)[:, None]),
-        r"prompt: expected a token in every row, rows 5 have none",
+        r"prompt: expected a token in every row, rows k5 have none",
     ),
     "another vocabulary": (
         texts_with([7], [BEGIN, 10, *[PAD] * (LENGTH - 2)]),
@@ -80,7 +83,7 @@ CASES = {
     ),
     "a prompt of another vocabulary": (
         texts_with([], prompt_nq=np.where(np.arange(len(TOKENS_NL)) == 5, 99, BEGIN)[:, None]),
-        r"prompt: expected ids below the decoder's vocabulary of 10, got 99 \(rows 5\)",
+        r"prompt: expected ids below the decoder's vocabulary of 10, got 99 \(rows k5\)",
     ),
     "other prompts in a pair": (
         texts_with([], prompt_nq=np.where(np.arange(len(TOKENS_NL)) == 5, 4, BEGIN)[:, None]),
@@ -147,7 +150,6 @@ def arms(tmp_path_factory):
         ("--align.equal-texts refuse --decoder.length 3", r"pairs: expected two different texts, got \d+ pairs of"),
         ("--align.no-accept-risk", "not_identified: the instrument is weak"),
         ("--align.recipe kto --align.no-accept-risk", "not_identified: the instrument is weak"),
-        ("--align.recipe grpo --features.source lm", r"align\.recipe: grpo"),
     ],
 )
 def test_the_logs_study_refuses_by_its_flags(tmp_path, arms, flags, message):
@@ -174,8 +176,15 @@ def test_the_logs_study_refuses_by_its_flags(tmp_path, arms, flags, message):
 
 
 def test_a_study_refuses_what_trains_nothing_before_it_begins(tmp_path, arms):
-    for argv in (["--preset", "smoke"], ["--preset", "upworthy_smoke", "--logs", arms]):
-        config = parse_run([*argv, "--align.recipe", "best_of_n"], "")[0]
-        with pytest.raises(ValueError, match=r"align\.recipe: expected one that trains"):
+    real = ["--preset", "upworthy_smoke", "--logs", arms, "--align.recipe"]
+    cases = (
+        (["--preset", "smoke", "--align.recipe", "best_of_n"], r"align\.recipe: expected one that trains"),
+        ([*real, "best_of_n"], r"align\.recipe: expected one that trains"),
+        ([*real, "grpo", "--features.source", "lm"], r"align\.recipe: grpo scores texts of its own"),
+        ([*real, "grpo", "--policy.source", "org/name"], r"align\.recipe: grpo scores texts of its own"),
+    )
+    for argv, message in cases:
+        config = parse_run(argv, "")[0]
+        with pytest.raises(ValueError, match=message):
             align.run(config, tmp_path / "run")
         assert not (tmp_path / "run" / "metrics.jsonl").exists()

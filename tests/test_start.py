@@ -99,7 +99,6 @@ def test_the_saved_policy_is_the_one_that_was_judged(published):
     assert scored == pytest.approx(results[f"policy.{config.name}.tokens.deconfounded.pair_accuracy"])
 
 
-@pytest.mark.xfail(strict=True, reason="SavedRun.features begins a text otherwise than the study that fitted it")
 def test_texts_are_scored_as_the_fit_saw_them(published, tmp_path):
     workdir, config, _ = published
     logs = read_logs(config, rundir.epath.Path(workdir))

@@ -38,7 +38,7 @@ def batches(i):
 
 def fresh(steps=6):
     optimizer = adamw(0.1, steps)
-    state = init_state({"w": jnp.zeros(3)}, optimizer, causal={"n": 2.0, "empty": ()})
+    state = init_state({"w": jnp.zeros(3)}, optimizer, causal={"n": 2.0, "empty": (), "none": jnp.zeros((0, 2))})
     return state, make_step(objective, optimizer), np.ones(4, np.float32)
 
 
@@ -186,7 +186,7 @@ def test_checkpoints_of_another_shape_or_place(tmp_path, monkeypatch):
     checkpoint.save("here/first", 3, fresh()[0])
     state, done = checkpoint.restore_latest("here/first", fresh()[0])
     assert done == 3
-    other = init_state({"w": jnp.zeros(4)}, adamw(0.1, 6), causal={"n": 2.0, "empty": ()})
+    other = init_state({"w": jnp.zeros(4)}, adamw(0.1, 6), causal={"n": 2.0, "empty": (), "none": jnp.zeros((0, 2))})
     with pytest.raises(ValueError, match=r"opt_state.1.0.mu.w: expected float32\[4\], got float32\[3\]"):
         checkpoint.restore_latest("here/first", other)
     with pytest.raises(ValueError, match=r"causal.n: expected nothing, got float32\[\]"):

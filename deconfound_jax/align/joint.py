@@ -128,6 +128,20 @@ def fill_scored(weighting: str) -> Callable:
     return fill
 
 
+def fill_rollouts(sample: Callable) -> Callable:
+    """Texts and rewards by `rounds.sample_groups`, rewards in sd of the mean reward over the log: `Fill` of GRPO.
+
+    unit = sqrt(mean(beta)' C mean(beta)),   C = frozen["covariance"] (d, d), of the log's standardised features
+    """
+
+    def fill(params, frozen, batch: JointBatch, coefficients_sd, key):
+        mean_d = coefficients_sd.mean(0)
+        unit = jnp.sqrt(mean_d @ frozen["covariance"] @ mean_d)
+        return sample(params, frozen, batch, coefficients_sd / jnp.where(unit > 0, unit, 1.0), key)
+
+    return fill
+
+
 def joint_step(spec: Spec, config: Joint, objective: Callable, optimizer: optax.GradientTransformation, fill: Callable,
                updates: int = 1, accumulate: int = 1) -> Callable:  # fmt: skip
     """Builds `(state, frozen, batch, key) -> (state, metrics)`; `train.step.jit_step` compiles it.

@@ -143,15 +143,19 @@ def score(decoder: Decoder, params: Any, hidden, target, reference=None, block: 
     return Scores(*(None if a is None else jnp.where(target != PAD, a.reshape(target.shape), 0.0) for a in found))
 
 
-def check_targets(tokens_bl) -> None:
+def check_targets(tokens_bl, keys_b=None) -> None:
     """Raises ValueError naming the rows that have no target token, whose log-probability would be an empty sum.
+
+    Args:
+      keys_b: names of the rows; None: their numbers.
 
     For arrays on the host, before training; rows that only fill up a batch need weight 0, not this check.
     """
     there_bl = np.asarray(tokens_bl) != PAD
     empty = np.flatnonzero(~(there_bl[:, 1:] & there_bl[:, :-1]).any(axis=1))
     if empty.size:
-        raise ValueError(f"tokens: expected a token after BEGIN in every text, rows {empty[:5].tolist()} have none "
+        rows = (empty if keys_b is None else np.asarray(keys_b)[empty])[:5].tolist()
+        raise ValueError(f"tokens: expected a token after BEGIN in every text, rows {rows} have none "
                          f"({empty.size} of {len(tokens_bl)})")  # fmt: skip
 
 

@@ -100,8 +100,10 @@ class Grpo:
     updates: int = 1  # optimizer updates on the texts of one round
     learning_rate: float = 2e-4
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    kl: float = 0.05  # weight of the divergence from the reference, reward units a nat
-    estimator: Literal["k1", "k2", "k3"] = "k3"  # of that divergence; k1 is taken from the reward
+    kl: float = 0.2  # weight of the divergence from the reference, sd of the log's mean reward a nat
+    # of that divergence: k1 is taken from the reward; k3 as a term of the loss has the gradient of KL(ref || policy),
+    # which lets a policy leave the reference's texts (Tang & Munos 2506.09477)
+    estimator: Literal["k1", "k2", "k3"] = "k1"
     clip: float = 0.2  # the probability ratio stays in [1 - clip, 1 + clip]
     reward: Literal["draw", "mean", "lower"] = "draw"  # of a group: one joint draw, the mean, or the 5% quantile
     temperature: float = 1.0

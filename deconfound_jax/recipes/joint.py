@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deconfound_jax.align.groups import epochs, form_groups
-from deconfound_jax.align.joint import JointBatch, fill_pairs, fill_scored, init_causal, joint_step
+from deconfound_jax.align.joint import JointBatch, fill_pairs, fill_rollouts, fill_scored, init_causal, joint_step
 from deconfound_jax.align.rounds import sample_groups
 from deconfound_jax.causal.families import FAMILIES
 from deconfound_jax.causal.fit import needs_sampling
@@ -48,7 +48,7 @@ def joint_stage(decoder: Decoder, spec: Spec, config: Config, joint: Joint, feat
     if isinstance(config, Grpo):
         objective, updates, new_tokens = grpo_objective(decoder, config), config.updates, decoder.config.length - 1
         featurise, tokens = featuriser(decoder, features or Features()), round_tokens(config, new_tokens)
-        fill = sample_groups(decoder, featurise, config, new_tokens, (END,))
+        fill = fill_rollouts(sample_groups(decoder, featurise, config, new_tokens, (END,)))
     elif isinstance(config, Dpo):
         objective, fill = pair_objective(decoder, config), fill_pairs(config.weight)
     else:
@@ -81,7 +81,8 @@ def align_jointly(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, 
     params, frozen = trained_part(reference, align.lora, seed)
     if isinstance(config, Grpo):
         scaling = ((k, prepared.scaling[f"features.{v}"]) for k, v in (("mean_d", "mean"), ("scale_d", "sd")))
-        knobs = grpo_knobs(config) | {"reference": reference}
+        covariance_dd = np.atleast_2d(np.cov(features_nd, rowvar=False, ddof=0)).astype(np.float32)
+        knobs = grpo_knobs(config) | {"reference": reference, "covariance": covariance_dd}
         knobs |= {name: jnp.asarray(value, jnp.float32) for name, value in scaling}
     elif isinstance(config, Dpo):
         knobs = pair_knobs(config)

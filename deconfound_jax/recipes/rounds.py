@@ -80,6 +80,8 @@ def align_grpo(decoder: Decoder, stage: Stage, reference: Any, reward: TextRewar
                prompts_nq: np.ndarray = OWN) -> Any:  # fmt: skip
     """Trains `reference` on texts of its own; returns the policy's parameters, or its adapters.
 
+    Rewards count in sd of the log's mean reward, so that `config.kl` means the same for every reward.
+
     Args:
       reward: f(x) of any text, see `align.scoring.text_reward`.
       judged: the same posterior's reward of the log's texts, whose verdict is asked.
@@ -92,6 +94,7 @@ def align_grpo(decoder: Decoder, stage: Stage, reference: Any, reward: TextRewar
     check_prompts(prompts_nq, decoder, reference)
     batch = prompt_batches(prompts_nq, config.groups, seed)
     params, frozen = trained_part(reference, align.lora, seed)
+    reward = reward._replace(coefficients_sd=reward.coefficients_sd / (float(judged.mean.std()) or 1.0))
     knobs = frozen_reward(reward) | grpo_knobs(config) | {"reference": reference}
     return train(stage, params, frozen | knobs, batch, seed, record, evaluators).params
 

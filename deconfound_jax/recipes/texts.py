@@ -41,11 +41,11 @@ def check_texts(texts: Texts, decoder: Decoder, reference: Any) -> None:
     check_policy(reference)
     _check_ids("tokens", texts.tokens_nl, decoder, texts)
     if texts.prompt_nq is None:
-        check_targets(texts.tokens_nl)
+        check_targets(texts.tokens_nl, texts.keys_n)
         return
     if len(texts.prompt_nq) != len(texts.tokens_nl):
         raise ValueError(f"prompt: expected one a text ({len(texts.tokens_nl)}), got {len(texts.prompt_nq)}")
-    check_prompts(texts.prompt_nq, decoder, reference)
+    check_prompts(texts.prompt_nq, decoder, reference, texts.keys_n)
     if (empty := np.flatnonzero((texts.tokens_nl == PAD).all(1))).size:
         raise ValueError(f"tokens: expected one behind every prompt, rows {texts.named(empty)} have none")
     if texts.within_n is not None:
@@ -54,10 +54,10 @@ def check_texts(texts: Texts, decoder: Decoder, reference: Any) -> None:
             raise ValueError(f"roles.pair_within: expected one prompt inside a value, rows {texts.named(other)} differ")
 
 
-def check_prompts(prompts_nq: np.ndarray, decoder: Decoder, reference: Any) -> None:
+def check_prompts(prompts_nq: np.ndarray, decoder: Decoder, reference: Any, keys_n: np.ndarray | None = None) -> None:
     """Refuses prompts without a token, or of another vocabulary, and a missing reference, by name."""
     check_policy(reference)
-    rows = Texts(prompts_nq)
+    rows = Texts(prompts_nq, keys_n=keys_n)
     _check_ids("prompt", prompts_nq, decoder, rows)
     if (empty := np.flatnonzero((prompts_nq == PAD).all(1))).size:
         raise ValueError(f"prompt: expected a token in every row, rows {rows.named(empty)} have none")

@@ -29,6 +29,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from deconfound_jax.train.files import free_bytes, writes
+from deconfound_jax.train.hosts import place as lay
 
 _STATE, _SUMS = "state", "sha256.json"
 _PARTIAL, _REMOVED = ".partial", ".removed"  # under way; neither is read
@@ -51,7 +52,7 @@ def save(folder, step: int, state: Any) -> None:
             _remove(partial)
             partial.mkdir(parents=True)
         with _orbax() as orbax:
-            orbax.save(partial / _STATE, args=ocp.args.StandardSave(state))
+            orbax.save(partial / _STATE, args=ocp.args.StandardSave(_storable(state)))
         if writes():
             (partial / _SUMS).write_text(json.dumps(_sums(partial / _STATE), indent=1, sort_keys=True))
             _remove(folder / str(step))
@@ -172,9 +173,16 @@ def _wait(name: str) -> None:
 def _read(place: epath.Path, like: Any) -> Any:
     with _orbax() as orbax:
         found = orbax.metadata(place / _STATE).item_metadata.tree
-        _check(str(place), found=_leaves(found), expected=_leaves(like))
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return orbax.restore(place / _STATE, args=ocp.args.StandardRestore(abstract))
+        stored = _storable(like)
+        _check(str(place), found=_leaves(found), expected=_leaves(stored))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, stored)
+        state = orbax.restore(place / _STATE, args=ocp.args.StandardRestore(abstract))
+        return jax.tree.map(lambda leaf, empty: leaf if empty.size else empty, state, like)
+
+
+def _storable(state: Any) -> Any:
+    """The state with a 0 in place of every array without an element, which Orbax refuses to write."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else lay(np.zeros((), leaf.dtype), leaf.sharding), state)
 
 
 @contextlib.contextmanager
