@@ -24,7 +24,8 @@ LENGTHS = (TEXTS != PAD).sum(-1)
 WHOLE = np.concatenate([np.ones((2, 3, 1), np.int32), TEXTS], -1)  # BEGIN first
 TABLE = -np.linspace(0.2, 3.0, VOCABULARY).astype(np.float32)
 OTHER = 1.5 * TABLE - np.float32(0.2)
-KNOBS = {"beta": 0.3, "noise": 0.1, "margin": 0.5, "strength": 0.4, "tau": 0.5, "kl": 0.2, "clip": 0.2, "ceiling": 1.0}
+KNOBS = {"beta": 0.3, "noise": 0.1, "margin": 0.5, "strength": 0.4, "tau": 0.5, "kl": 0.2, "clip": 0.2, "ceiling": 1.0,
+         "kl_target": np.inf}  # fmt: skip
 LABEL, WEIGHT = np.float32([[0.9, 0.2, 0.5], [1.0, 0.0, 0.7]]), np.float32([[1, 2, 0], [1, 0.5, 1]])
 REWARD = np.float32([[1.0, -0.5, 0.3], [0.2, 0.7, -2.0]])
 REFERENCE = np.float32([[-5, -3, -6], [-7, -5, -4]])
@@ -217,24 +218,27 @@ def advantages(reward, kind):
 GRADIENTS = [("grpo", "k3"), ("dr_grpo", "k2"), ("rloo", "k1"), ("rloo", "k3")]
 
 
+@pytest.mark.parametrize("beyond", [np.inf, -0.1, 0.1])
 @pytest.mark.parametrize(("kind", "estimator"), GRADIENTS)
-def test_policy_gradients_by_hand(table, kind, estimator):
+def test_policy_gradients_by_hand(table, kind, estimator, beyond):
     batch, mask = sampled(), TEXTS != PAD
-    loss, weight, penalty, metrics, _ = table(rollouts.policy_gradient_objective, kind, estimator)(batch)
     new, old, reference = np.where(mask, TABLE[TEXTS], 0), batch.old_bgl, batch.reference_bgl
+    d = reference - new
+    kl = (WEIGHT * (np.exp(d) - 1 - d).sum(-1)).sum() / WEIGHT.sum()
+    frozen = KNOBS | {"kl_target": kl + beyond}
+    loss, weight, penalty, metrics, _ = table(rollouts.policy_gradient_objective, kind, estimator)(batch, frozen)
+    beta = 0.2 + (0.5 if beyond < 0 else 0)  # a tenth of a nat beyond the target
     k1 = (old - reference).sum(-1) if estimator == "k1" else 0.0
-    a = advantages(REWARD - 0.2 * k1, kind)[..., None]
+    a = advantages(REWARD - beta * k1, kind)[..., None]
     ratio = np.exp((new - old).sum(-1, keepdims=True) if kind == "rloo" else new - old)
     surrogate = -np.minimum(ratio * a, np.clip(ratio, 0.8, 1.2) * a) * (1 if kind == "rloo" else mask)
-    d = reference - new
     term = {"k1": 0 * d, "k2": d**2 / 2, "k3": np.exp(d) - 1 - d}[estimator]
     divisor = {"grpo": LENGTHS, "dr_grpo": 4, "rloo": 1}[kind]
-    expected = (surrogate.sum(-1) + 0.2 * term.sum(-1)) / divisor
+    expected = (surrogate.sum(-1) + beta * term.sum(-1)) / divisor
     counted = WEIGHT.ravel() > 0  # the advantage of a text that does not count is 0, whatever its reward
     np.testing.assert_allclose(loss[counted], expected.ravel()[counted], rtol=1e-4)
     np.testing.assert_array_equal(weight, WEIGHT.ravel())
-    kl = (np.exp(d) - 1 - d).sum(-1)
-    assert metrics["kl"] == pytest.approx((WEIGHT * kl).sum() / WEIGHT.sum(), rel=1e-5)
+    assert metrics["kl"] == pytest.approx(kl, rel=1e-5)
     assert metrics["reward"] == pytest.approx((WEIGHT * REWARD).sum() / WEIGHT.sum(), rel=1e-5)
     outside = (WEIGHT[..., None] * (mask & (np.abs(np.exp(new - old) - 1) > 0.2))).sum()
     assert metrics["clipped"] == pytest.approx(outside / (WEIGHT * LENGTHS).sum(), rel=1e-5) and outside > 0

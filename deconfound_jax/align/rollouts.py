@@ -24,12 +24,14 @@ from deconfound_jax.structs import Rollouts
 
 ADVANTAGES: Mapping[str, Callable] = {"grpo": pg.standardised, "dr_grpo": pg.centred, "rloo": pg.leave_one_out}
 KL_TERMS: Mapping[str, Callable] = {"k2": pg.kl_k2, "k3": pg.kl_k3}  # k1 belongs in the reward
+STIFFNESS = 5.0  # by which beta grows for a nat beyond `kl_target`
 
 
 def policy_gradient_objective(decoder: Decoder, advantage: str = "grpo", estimator: str = "k3") -> Callable:
     """Objective `(params, frozen, batch, key) -> (per_example, weight, penalty, metrics)` over `Rollouts`.
 
         l = surrogate(A) + beta k(pi, ref),   A from the group's rewards and weights
+        beta = kl + 5 max(KL - kl_target, 0),  KL the batch's, by k3
 
     Args:
       advantage: with its surrogate, `losses.policy_gradient`'s of the same name.
@@ -40,8 +42,9 @@ def policy_gradient_objective(decoder: Decoder, advantage: str = "grpo", estimat
         k2, k3: a term of the loss, taken over tokens as the surrogate is (rloo: summed);
         k1: taken from the reward, r - beta sum_t (log pi_old - log ref), as its gradient would teach nothing.
     Returns:
-      The objective; `frozen` has `kl`, beta in reward units a nat (0: no pull), and `clip`. A reward may be one
-      posterior draw a group, or a lower bound. Metrics: `kl`, nats a text by k3 under the policy that is trained;
+      The objective; `frozen` has `kl`, in reward units a nat (0: no pull), `kl_target`, in nats a text (infinity: none;
+      policies of different rewards then end at one distance), and `clip`. A reward may be one posterior draw a group,
+      or a lower bound. Metrics: `kl`, nats a text by k3 under the policy that is trained;
       `clipped`, the share of tokens whose ratio left [1 - clip, 1 + clip]; `entropy`, nats a token; `reward`.
 
     Raises:
@@ -55,10 +58,11 @@ def policy_gradient_objective(decoder: Decoder, advantage: str = "grpo", estimat
         raise ValueError(f"estimator: expected one of {['k1', *KL_TERMS]}, got {estimator!r}")
 
     def objective(params, frozen, batch: Rollouts, key):
-        beta, clip = read_knobs(frozen, ("kl", "clip"), advantage)
+        kl, kl_target, clip = read_knobs(frozen, ("kl", "kl_target", "clip"), advantage)
         mask_bgt = group_mask(batch.tokens_bgl, batch.prompt_bq)
         scores = group_scores(decoder, variables_of(params, frozen), batch.tokens_bgl, batch.prompt_bq)
-        reward_bg = batch.reward_bg
+        reward_bg, metrics = batch.reward_bg, jax.lax.stop_gradient(_metrics(scores, batch, mask_bgt, clip))
+        beta = kl + STIFFNESS * jnp.maximum(metrics["kl"] - kl_target, 0.0)
         if estimator == "k1":
             spent_bgt = jnp.where(mask_bgt, pg.kl_k1(batch.old_bgl, batch.reference_bgl), 0.0)
             reward_bg = reward_bg - beta * spent_bgt.sum(-1)
@@ -68,7 +72,7 @@ def policy_gradient_objective(decoder: Decoder, advantage: str = "grpo", estimat
             term_bgt = jnp.where(mask_bgt, KL_TERMS[estimator](scores.logprob, batch.reference_bgl), 0.0)
             loss_bg = loss_bg + beta * _over_tokens(advantage, term_bgt, mask_bgt)
         loss_n, weight_n = (rearrange(a, "b g -> (b g)") for a in (loss_bg, batch.weight_bg))
-        return loss_n, weight_n, 0.0, jax.lax.stop_gradient(_metrics(scores, batch, mask_bgt, clip))
+        return loss_n, weight_n, 0.0, metrics
 
     return objective
 

@@ -101,6 +101,7 @@ class Grpo:
     learning_rate: float = 2e-4
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     kl: float = 0.2  # weight of the divergence from the reference, sd of the log's mean reward a nat
+    kl_target: float = 0.0  # nats a text beyond which that weight grows steeply; 0: nowhere
     # of that divergence: k1 is taken from the reward; k3 as a term of the loss has the gradient of KL(ref || policy),
     # which lets a policy leave the reference's texts (Tang & Munos 2506.09477)
     estimator: Literal["k1", "k2", "k3"] = "k1"

@@ -55,7 +55,7 @@ def grpo_objective(decoder: Decoder, config: Grpo) -> Callable:
 
 def grpo_knobs(config: Grpo) -> dict[str, float]:
     """The scalars that the objective reads."""
-    return {"kl": config.kl, "clip": config.clip}
+    return {"kl": config.kl, "kl_target": config.kl_target or float("inf"), "clip": config.clip}
 
 
 def featuriser(decoder: Decoder, config: Features) -> Callable:
