@@ -83,12 +83,23 @@ def test_seeds_are_compared_at_the_kl_that_all_their_rewards_reached():
         ("dpo", "deconfounded", 1): [(0, 0), (4.0, 1.2)],
         ("dpo", "joint", 1): [(0, 0), (2.0, 0.6)],
     }
+    weak = {("dpo", "odin", 0): [(0, 0), (0.25, 0.02)], ("dpo", "odin", 1): [(0, 0), (2.0, 0.2)]}
+    with_odin = dataclasses.replace(config, rewards=("naive", "odin", "deconfounded"))
+    found = study.summarise(with_odin, run, curves | weak)  # a rival that stays behind does not bound the others
+    assert found["newsroom.dpo.odin.kl.seeds"] == [0.25, 1.0] and found["newsroom.dpo.kl.seeds"] == [0.5, 1.0]
+    np.testing.assert_allclose(found["newsroom.dpo.odin.true_share.seeds"], [0.02, 0.1])
     found = study.summarise(config, run, curves)
     assert found["newsroom.dpo.kl.seeds"] == [0.5, 1.0]  # what naive reached; then align.kl
     for name, shares in {"naive": [0.1, 0.5], "deconfounded": [0.2, 0.3], "joint": [0.3, 0.3]}.items():
         np.testing.assert_allclose(found[f"newsroom.dpo.{name}.true_share.seeds"], shares)
     assert found["newsroom.dpo.deconfounded.wins_over_naive"] == 1
     assert found["newsroom.dpo.joint_minus_two_stage"] == pytest.approx(0.05)
+
+    held = dataclasses.replace(run, grpo=dataclasses.replace(run.grpo, kl_target=0.8))
+    config = dataclasses.replace(config, recipes=("grpo",), joint=())
+    found = study.summarise(config, held, {("grpo", *at[1:]): curve for at, curve in curves.items()})
+    assert found["newsroom.grpo.deconfounded.true_share.seeds"] == [0.4, 1.2]  # the end: the target holds the KL
+    assert found["newsroom.grpo.naive.kl.seeds"] == [0.5, 2.0]
 
 
 def test_a_resumed_study_ends_as_the_unbroken_one(ran):
