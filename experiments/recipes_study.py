@@ -83,8 +83,12 @@ class Learned(NamedTuple):
 
 
 def run(config: Recipes, workdir, on_step: Callable | None = None) -> dict[str, Any]:
-    """Runs every seed, recipe and reward; returns what results.json holds."""
-    workdir = epath.Path(workdir)
+    """Runs every seed, recipe and reward; returns what results.json holds.
+
+    Raises:
+      ValueError: the directory holds a study with other knobs.
+    """
+    workdir = rundir.claim(epath.Path(workdir), config.run, None, "newsroom")  # other seeds and recipes may come to it
     run = dataclasses.replace(config.run, methods=("naive", "covariate", "deconfounded"))
     compiled, curves, traces = compile_once(run), {}, {}
     trained = [recipe for recipe in config.recipes if recipe != "best_of_n"]

@@ -102,6 +102,13 @@ def test_seeds_are_compared_at_the_kl_that_all_their_rewards_reached():
     assert found["newsroom.grpo.naive.kl.seeds"] == [0.5, 2.0]
 
 
+def test_a_study_with_other_knobs_is_refused_by_field(ran):
+    config, workdir, _ = ran
+    other = dataclasses.replace(config.run, dpo=dataclasses.replace(config.run.dpo, beta=0.9))
+    with pytest.raises(ValueError, match=r"dpo\.beta: .* there, 0\.9 asked for"):
+        study.run(dataclasses.replace(config, run=other), workdir)
+
+
 def test_a_resumed_study_ends_as_the_unbroken_one(ran):
     """Its last policy's state, rows and results are lost: it is trained again, and nothing else."""
     config, workdir, results = ran
