@@ -2,7 +2,7 @@
 
     python -m experiments.train_reward_model --preset upworthy --logs packages.parquet --workdir runs/reward_model
     python -m experiments.train_reward_model --preset logs --logs FILE --reward_model.target outcome \\
-        --reward_model.loss binomial --align.accept_risk True        # a baseline on the outcomes themselves
+        --reward_model.loss binomial --align.accept_risk        # a baseline on the outcomes themselves
 
 The causal layer is fitted on the first of the preset's logs; each method's posterior labels that log's texts, and a
 reward model is trained on them (`--reward_model.*`, adapters by `--align.lora.rank`). Models and the posteriors' own

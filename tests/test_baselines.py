@@ -91,6 +91,8 @@ def test_counts_take_the_causal_layers_route(clicks):
     logs, features_nd, _ = clicks(N, seed=1)
     design = Design.parse("category(week)", response="empirical_logit")
     data = reward_data(logs, features_nd, design)
+    own = Design.parse(f"category(week) + intercept({logs.roles.text})", "binomial")
+    assert reward_data(logs, features_nd, own).levels_nc.shape == (N, 1), "a text's own deviation is no confounder"
     found = naive(data)
     direct = of_posterior(fit(logs, features_nd, Causal(verdict=False), design.without_terms()))
     np.testing.assert_allclose(raw(found), raw(direct), rtol=1e-6)
@@ -150,6 +152,9 @@ def test_lowess_by_hand():
     np.testing.assert_allclose(lowess(y_n[twice], x_n[twice], None, 1.0)[[0, 1, 3, 4, 5]], doubled, rtol=1e-9)
     np.testing.assert_allclose(lowess(2 - 3 * x_n, x_n, None, 0.6), 2 - 3 * x_n, atol=1e-12)
     np.testing.assert_allclose(lowess(y_n, np.full(5, 7.0), None, 0.6), np.full(5, y_n.mean()), rtol=1e-12)
+    # Where most rows have x = 0, those are all that is near a quantile between 0 and the next value.
+    crowd_n = np.concatenate([np.zeros(754), 1 + np.linspace(0, 3, 246)])
+    np.testing.assert_allclose(lowess(np.full(1000, 5.0), crowd_n), 5.0)
     with pytest.raises(ValueError, match="fraction: expected a share that holds 2 to 5 rows"):
         lowess(y_n, x_n, None, 0.3)
 

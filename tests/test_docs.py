@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,19 @@ def test_links_and_commands_exist(page):
         assert not anchor or anchor in _anchors(target), link
     for module in re.findall(r"python -m ((?:experiments|deconfound_jax)[\w.]*)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+
+
+@pytest.mark.parametrize("script", ["align", "train_reward_model"])
+def test_command_lines_are_understood(script):
+    from experiments.cli import parse_run
+
+    pages = [*PAGES, *sorted((ROOT / "experiments").rglob("*.py"))]
+    text = re.sub(r"\\+\n", " ", "\n".join(page.read_text() for page in pages))
+    lines = re.findall(rf"python -m experiments\.{script} (--[^`\n]*)", text)
+    for line in lines:
+        _, _, known = parse_run(shlex.split(line, comments=True), "")
+        assert known.workdir, line
+    assert len(lines) >= 2
 
 
 def test_every_knob_of_the_alignment_page_exists():

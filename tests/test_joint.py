@@ -29,11 +29,11 @@ from deconfound_jax.config import Align, Causal, Dpo, Joint, Newsroom
 from deconfound_jax.config import Decoder as DecoderConfig
 from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
-from deconfound_jax.recipes.joint import align_jointly, joint_stage, row_batches
+from deconfound_jax.recipes.joint import align_jointly, joint_stage, row_batches, text_features
 from deconfound_jax.recipes.stage import Record
 from deconfound_jax.recipes.texts import Texts
 from deconfound_jax.simulate import newsroom
-from deconfound_jax.structs import Design, Pairs
+from deconfound_jax.structs import Design, Logs, Pairs, Roles
 from deconfound_jax.train.step import adamw, init_state, jit_step
 
 JOINT = Joint(rows=100, warm_rows=300, causal_updates=4, draws=16)
@@ -172,6 +172,31 @@ def test_pair_labels_are_prefer_of_the_draws_and_missing_members_weigh_nothing()
     _, precise = pair_labels(draws_sn, groups, 0.7, "precision")
     gap = draws_sn[:, 0] - draws_sn[:, 1]
     assert precise[0, 0] == pytest.approx(0.49 / (0.49 + gap.var()), rel=1e-5)
+
+
+def test_hard_labels_are_the_order_of_the_means_in_the_joint_step_too():
+    rng = np.random.default_rng(0)
+    draws_sd, features = rng.normal(size=(16, 3)).astype(np.float32), rng.normal(size=(2, 3, 3)).astype(np.float32)
+    pairs = Pairs(np.zeros((2, 3, 1), int), None, None, np.ones((2, 3), np.float32))
+    batch = JointBatch(None, pairs, features, np.ones((2, 3), np.float32))
+    found = fill_pairs("one", "hard")(None, None, batch, draws_sd, None)
+    mean_bg = features @ draws_sd.mean(0)
+    first, second = pair_index(3)
+    np.testing.assert_array_equal(found.label_bp, mean_bg[:, first] > mean_bg[:, second])
+
+
+def test_texts_keep_their_own_features_where_the_model_has_its_rows_in_another_order():
+    # The same headlines in two weeks: rows equal in text stand together, none are summed.
+    n = 12
+    headline_n, features_nd = np.arange(n) % 6, np.random.default_rng(0).normal(size=(6, 3))
+    columns = {"text": [f"t{i}" for i in headline_n], "week": [f"w{i}" for i in np.arange(n) // 6]}
+    columns = {name: np.asarray(value, object) for name, value in columns.items()}
+    counts = {"clicks": np.arange(1.0, n + 1), "shown": np.full(n, 100.0)}
+    logs = Logs.of(columns | counts, Roles(outcome="clicks", exposure="shown", confounders=("week",)))
+    prepared = prepare(logs, features_nd[headline_n], Design.parse("category(week)", response="empirical_logit"))
+    assert len(prepared.rows.outcome_n) == n and (prepared.row_of_log_n != np.arange(n)).any()
+    standard_nd = (features_nd[headline_n] - prepared.scaling["features.mean"]) / prepared.scaling["features.sd"]
+    np.testing.assert_allclose(text_features(prepared), standard_nd, rtol=1e-5)
 
 
 def test_epochs_give_each_number_once_an_epoch_and_depend_on_the_step_alone():

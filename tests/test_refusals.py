@@ -123,8 +123,33 @@ def test_a_reward_that_may_not_train(tmp_path, recipe):
         refuse(tmp_path, recipe, TEXTS, message, reward=judged(status), align=safe)
 
 
+def test_a_reward_of_other_texts_or_without_noise_of_its_own(tmp_path):
+    more = Reward(np.concatenate([UNJUDGED.draws_sn, UNJUDGED.draws_sn], 1), "model")
+    for recipe in ("dpo", "top", "kto", "dro"):
+        message = r"reward\.draws_sn: expected one value a text \(64\), got 128"
+        refuse(tmp_path, recipe, TEXTS, message, reward=more)
+        residual = dataclasses.replace(UNJUDGED, form="residual")
+        refuse(tmp_path, recipe, TEXTS, r"reward\.form: draws of the residual form lack", reward=residual)
+    codes = texts_with([], within_n=np.arange(2 * len(TOKENS_NL)) // 4)
+    refuse(tmp_path, "dpo", codes, r"texts\.within_n: expected one value a text \(64\), got 128")
+
+
+def test_knobs_that_leave_nothing_to_learn():
+    cases = (
+        (Grpo(group_size=1), r"grpo\.group_size: expected at least 2 texts to compare, got 1"),
+        (Dpo(group_size=1), r"dpo\.group_size: expected at least 2 texts to compare, got 1"),
+        (Dpo(loss="robust", noise=0.5), r"dpo\.noise: expected 0 to below 1/2 for the robust loss, got 0\.5"),
+        (Top(share=25.0), r"top\.share: expected a share between 0 and 1, got 25"),
+    )
+    for config, message in cases:
+        with pytest.raises(ValueError, match=message):
+            stage_of(tiny().decoder, config, FEATURES)
+
+
 def test_grpo_asks_for_a_reward_of_any_text_and_for_prompts(tmp_path):
     refuse(tmp_path, "grpo", TEXTS, r"anywhere: expected a reward of any text for grpo", anywhere=None)
+    behind = texts_with([], prompt_nq=TOKENS_NL[:, :1])
+    refuse(tmp_path, "grpo", behind, r"prompt: expected whole texts for grpo, got .* align_grpo takes as prompts_nq")
     of, stage = tiny(), stage_of(tiny().decoder, CONFIGS["grpo"], FEATURES)
     for prompts_nq, message in (([[BEGIN], [PAD]], "prompt: .* rows 1 have none"), ([[12]], "prompt: .* got 12")):
         with pytest.raises(ValueError, match=message):

@@ -12,10 +12,11 @@ import pytest
 from tiny_policy import FEATURES, LENGTH, ROWS, TEXTS, count, reward_anywhere, reward_of, tiny
 
 from deconfound_jax.align.scoring import TextReward
+from deconfound_jax.align.update import split
 from deconfound_jax.causal.reward import Reward
 from deconfound_jax.config import Align, DrCpo, Rejection, Rwr
 from deconfound_jax.models.sample import generate
-from deconfound_jax.models.tokenizer import BEGIN, END
+from deconfound_jax.models.tokenizer import BEGIN, END, PAD
 from deconfound_jax.recipes.best_of_n import best_of_curve
 from deconfound_jax.recipes.choice import align_policy, config_of, stage_of
 from deconfound_jax.recipes.curve import policy_sampler, policy_watch
@@ -86,6 +87,7 @@ def test_the_best_by_mean_minus_kappa_sd_is_kept_for_each_prompt():
     found = jax.jit(fill)(None, frozen, prompt_bq, reward.coefficients_sd, key)
     score_bn = (draws_sn.mean(0) - draws_sn.std(0)).reshape(b, n)
     np.testing.assert_allclose(found.reward_b, score_bn.max(1), atol=1e-4)
+    np.testing.assert_array_equal(found.weight_b, (np.asarray(found.tokens_bl) != PAD).sum(1))
     # Texts may tie: what was chosen is one of the prompt's, and has the highest score.
     same_bn = (np.asarray(found.tokens_bl)[:, None] == np.asarray(drawn_bnl)).all(-1)
     np.testing.assert_allclose(np.where(same_bn, score_bn, -np.inf).max(1), score_bn.max(1), atol=1e-5)
@@ -135,6 +137,12 @@ def test_dr_cpo_learns_from_either_side(tmp_path, draw):
     assert stage.traces() == 1
 
 
+def test_rejection_by_a_reward_that_knows_nothing_leaves_the_policy_where_it_is(tmp_path, draw):
+    stage = stage_of(tiny().decoder, REJECTION, FEATURES)
+    kl = curve(train(tmp_path, stage, REJECTION, draw, anywhere=FLAT)[1])[-1][0]
+    assert kl < 0.08, "short texts do not gain on long ones"
+
+
 def test_dr_cpo_lays_logged_and_fresh_texts_side_by_side():
     of, reward = tiny(), reward_anywhere(1.0)
     frozen = frozen_reward(reward) | {"reference": of.reference, "unit": jnp.float32(2.0)}
@@ -150,6 +158,12 @@ def test_dr_cpo_lays_logged_and_fresh_texts_side_by_side():
     np.testing.assert_allclose(found.gain_b[1::2], reward.draws(features_nd).mean(0) / 2, atol=1e-4)
     logprob_n = text_logprobs(of.decoder, of.reference, whole_nl)
     np.testing.assert_allclose(found.behaviour_b[1::2], logprob_n, atol=1e-3)
+    # In microbatches: each has texts of both sides.
+    four = LoggedTexts(TEXTS.tokens_nl[:4, 1:], *np.zeros((2, 4), np.float32), np.full((4, 1), BEGIN, np.int32))
+    fill = with_fresh(of.decoder, featuriser(of.decoder, FEATURES), accumulate=2)
+    found = split(jax.jit(fill)(None, frozen, four, reward.coefficients_sd, jax.random.key(0)), 2)
+    np.testing.assert_array_equal(found.logged_b, [[1, 0, 1, 0]] * 2)
+    np.testing.assert_array_equal(found.tokens_bl[:, ::2], TEXTS.tokens_nl[[[0, 2], [1, 3]], 1:])
 
 
 def test_what_is_missing_is_refused_by_name(tmp_path):

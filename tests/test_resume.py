@@ -68,7 +68,7 @@ def damage(workdir, step, how):
     """Breaks the state of `step`, and returns the file's name."""
     place = workdir / "checkpoints" / "fit" / str(step)
     path = max((p for p in (place / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    if how == "sums":
+    if how in ("sums", "empty"):
         path = place / "sha256.json"
     data = bytearray(path.read_bytes())
     if how == "missing":
@@ -76,6 +76,8 @@ def damage(workdir, step, how):
     elif how == "bit":
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
+    elif how == "empty":
+        path.write_text("{}")
     else:
         path.write_bytes(data[: len(data) // 2])
     return path.name
@@ -88,6 +90,7 @@ def damage(workdir, step, how):
         ("missing", r"expected \d+ bytes, got no file"),
         ("bit", "its SHA-256 is not that of sha256.json"),
         ("sums", "cannot be read"),
+        ("empty", "names no file"),
     ],
 )
 def test_a_damaged_newest_state_is_passed_over(tmp_path, whole, how, said):
@@ -101,6 +104,16 @@ def test_a_damaged_newest_state_is_passed_over(tmp_path, whole, how, said):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(tmp_path)  # what was damaged has been written anew
+
+
+def test_a_damaged_state_is_no_way_back(tmp_path):
+    with pytest.raises(Preempted):
+        train(tmp_path, of=lambda i: [batches(i), i == 9 and os.kill(os.getpid(), signal.SIGTERM)][0])
+    assert states(tmp_path) == ["10", "8"]
+    damage(tmp_path, 10, "bit")
+    with pytest.warns(RuntimeWarning, match="going on from .*fit/8$"):
+        train(tmp_path)
+    assert states(tmp_path) == ["12", "8"], "the state before the last save is the whole one"
 
 
 def test_every_file_of_a_state_is_watched(tmp_path):
@@ -158,7 +171,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, whole):
     path.write_text(torn)
     with pytest.raises(OSError, match=r"metrics.jsonl: could not write \d{3,} bytes"):
         with full_disk(50):
-            MetricsLog(tmp_path, "fit").cut(STEPS, finished=True)  # the first a resumed run does
+            MetricsLog(tmp_path, "fit").cut(STEPS)  # the first a resumed run does
     assert path.read_text() == torn and os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
@@ -218,6 +231,17 @@ def test_sigterm_saves_and_the_same_call_goes_on(tmp_path, whole, dispatch):
     chex.assert_trees_all_equal(state, whole[1])
     assert [row for row in rows_of(tmp_path) if "eval" not in row] == rows_of(whole[0])
     assert [row["at"] for row in rows_of(tmp_path) if "eval" in row] == [0, 6, 12]
+
+
+def test_sigterm_while_the_last_state_is_judged_is_not_lost(tmp_path, whole):
+    def judge(state, done):
+        if done == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"at": done}
+
+    with pytest.raises(Preempted, match="stopped after step 12 of 12"):
+        train(tmp_path, evaluators=[(6, judge)])
+    chex.assert_trees_all_equal(train(tmp_path, evaluators=[(6, judge)]), whole[1])
 
 
 def test_several_steps_a_dispatch_are_the_same_steps(tmp_path, whole):

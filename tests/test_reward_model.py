@@ -145,6 +145,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     half = Logs.of(grades.columns | {"outcome": grades.outcome_n / 2}, Roles())
     more = Logs.of(clicks.columns | {"shown": clicks.outcome_n - 1}, clicks.roles)
     lost = Logs.of(grades.columns | {"outcome": np.where(np.arange(ROWS) == 3, np.nan, grades.outcome_n)}, Roles())
+    switch = {"seen": (np.arange(ROWS) != 5).astype(float)}  # the outcome of row 5 is a number that nobody saw
+    blind = Logs.of(grades.columns | switch, Roles(observed="seen"))
     double = TEXTS._replace(tokens_nl=TEXTS.tokens_nl[[0, 0, *range(2, ROWS)]])
     ordinal, binomial = CONFIGS["ordinal"], CONFIGS["binomial"]
     cases = [
@@ -156,6 +158,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         (ordinal, clicks, RISKED, TEXTS, "reward_model.loss: expected binomial for counts of 'shown', got 'ordinal'"),
         (ordinal, half, RISKED, TEXTS, "roles.outcome: expected at least two grades in whole numbers .* got 0, 0.5"),
         (ordinal, lost, RISKED, TEXTS, "roles.outcome: expected a number in every row, rows k3 have none"),
+        (ordinal, blind, RISKED, TEXTS, "roles.outcome: expected a number in every row, rows k5 have none"),
         (ordinal, grades.take(np.arange(5)), RISKED, TEXTS, r"outcomes: expected one a text \(64\), got 5"),
     ]  # fmt: skip
     for config, learned, align, texts, message in cases:

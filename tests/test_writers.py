@@ -90,6 +90,20 @@ def test_writers_get_what_the_file_gets(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_writer_that_fails_ends_no_run(tmp_path, caplog):
+    tried, got = [], []
+
+    def broken(rows):
+        tried.append(rows)
+        raise ConnectionError("no route")
+
+    log = MetricsLog(tmp_path, "fit", writers=[broken, got.extend])
+    for done in (1, 2):
+        log.evaluate([lambda state, done: {"kl": state}], 0.5, done)
+    assert len(tried) == 1 and got == read_metrics(tmp_path) and len(got) == 2
+    assert "'fit': a writer failed and gets no more rows (ConnectionError: no route)" in caplog.text
+
+
 def test_the_rate_leaves_out_compiling_evaluating_and_saving(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("deconfound_jax.train.metrics.time.monotonic", lambda: now[0])

@@ -93,10 +93,11 @@ def posterior_draws(spec: Spec, state: CausalState, draws: int, key: jax.Array) 
     return sites | {name: jnp.full(draws, value) for name, value in psi.items()}
 
 
-def fill_pairs(weighting: str) -> Callable:
+def fill_pairs(weighting: str, label: str = "soft") -> Callable:
     """Labels and weights of `Pairs` from draws of the text's coefficients: `Fill` of the DPO family.
 
-    tau is the sd of the mean reward over the batch's texts, in the draws' own units. Pairs of weight 0 keep it.
+    A `hard` label is the order of the mean rewards. tau is the sd of the mean reward over the batch's texts, in the
+    draws' own units. Pairs of weight 0 keep it.
     """
 
     def fill(params, frozen, batch: JointBatch, coefficients_sd, key) -> Pairs:
@@ -105,7 +106,8 @@ def fill_pairs(weighting: str) -> Callable:
         first, second = pair_index(batch.texts.tokens_bgl.shape[1])
         a, b = reward_sbg[:, :, first], reward_sbg[:, :, second]
         weight = precision_weight(a, b, tau) if weighting == "precision" else jnp.ones(a.shape[1:])
-        return batch.texts._replace(label_bp=prefer(a, b, tau), weight_bp=weight * batch.texts.weight_bp)
+        label_bp = prefer(a.mean(0)[None], b.mean(0)[None], 0.0) if label == "hard" else prefer(a, b, tau)
+        return batch.texts._replace(label_bp=label_bp, weight_bp=weight * batch.texts.weight_bp)
 
     return fill
 

@@ -93,6 +93,11 @@ def align_policy(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, r
     if isinstance(config, Grpo | Rejection | DrCpo) and anywhere is None:
         name = batch_of(config)[0].partition(".")[0]
         raise ValueError(f"anywhere: expected a reward of any text for {name} (`scoring.text_reward`), got None")
+    if isinstance(config, Grpo | Rejection) and texts.prompt_nq is not None:
+        # Behind BEGIN alone they would train on something else than the texts say.
+        name = batch_of(config)[0].partition(".")[0]
+        raise ValueError(f"prompt: expected whole texts for {name}, got texts behind prompts, which align_{name} takes "
+                         "as prompts_nq")  # fmt: skip
     if isinstance(config, Grpo):
         return align_grpo(decoder, stage, reference, anywhere, reward, *rest)
     if isinstance(config, Rejection):

@@ -50,7 +50,7 @@ def joint_stage(decoder: Decoder, spec: Spec, config: Config, joint: Joint, feat
         featurise, tokens = featuriser(decoder, features or Features()), round_tokens(config, new_tokens)
         fill = fill_rollouts(sample_groups(decoder, featurise, config, new_tokens, (END,)))
     elif isinstance(config, Dpo):
-        objective, fill = pair_objective(decoder, config), fill_pairs(config.weight)
+        objective, fill = pair_objective(decoder, config), fill_pairs(config.weight, config.label)
     else:
         precise = isinstance(config, Dro) and config.weight == "precision"
         objective, fill = objective_of(decoder, config), fill_scored("precision" if precise else "one")
@@ -74,8 +74,7 @@ def align_jointly(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, 
     """
     check_streamed(prepared, len(texts.tokens_nl), joint)
     check_texts(texts, decoder, reference)
-    text = prepared.spec.blocks[0]
-    features_nd = np.asarray(prepared.rows.columns_nq[:, text.start : text.stop], np.float32)
+    features_nd = text_features(prepared)
     texts_at = _batches(decoder, reference, texts, features_nd, config, align, seed)
     rows_at = row_batches(prepared.rows, joint.rows, seed)
     params, frozen = trained_part(reference, align.lora, seed)
@@ -95,6 +94,12 @@ def align_jointly(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, 
 
     causal = init_causal(prepared.spec, rows_at(0), joint)
     return train(stage, params, frozen | knobs, batch, seed, record, evaluators, causal)
+
+
+def text_features(prepared: Prepared) -> np.ndarray:
+    """phi(x) (n, d) as the fit saw it, in the order of the log, which is not always that of the model's rows."""
+    text = prepared.spec.blocks[0]
+    return np.asarray(prepared.rows.columns_nq[prepared.row_of_log_n, text.start : text.stop], np.float32)
 
 
 def check_streamed(prepared: Prepared, rows: int, joint: Joint) -> None:

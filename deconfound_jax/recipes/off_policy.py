@@ -47,7 +47,7 @@ def align_rwr(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, rewa
       ValueError: see `preference.align_dpo`.
     """
     require(reward, align.accept_risk)
-    check_texts(texts, decoder, reference)
+    check_texts(texts, decoder, reference, reward)
     tau = config.tau * (float(reward.mean.std()) or 1.0)
     ones_n = np.ones(len(texts.tokens_nl), np.float32)
     weight_n = np.asarray(outcome_weights(np.asarray(reward.draws_sn, np.float32), ones_n, tau))
@@ -78,17 +78,18 @@ def dr_cpo_stage(decoder: Decoder, config: DrCpo, features: Features, accumulate
       features: of the reference, as the causal layer saw them; see `rounds.featuriser`.
     """
     optimizer = adamw(config.learning_rate, config.steps)
-    fill = with_fresh(decoder, featuriser(decoder, features))
+    fill = with_fresh(decoder, featuriser(decoder, features), accumulate)
     step = round_step(dr_cpo_objective(decoder), optimizer, fill, accumulate=accumulate)
     return Stage(jit_step(step), optimizer, config.steps, batch=batch_of(config), accumulate=accumulate).on(None)
 
 
-def with_fresh(decoder: Decoder, featurise: Callable) -> Callable:
+def with_fresh(decoder: Decoder, featurise: Callable, accumulate: int = 1) -> Callable:
     """(params, frozen, `LoggedTexts`, coefficients (s, d), key) -> `OffPolicy`: the logged texts, then fresh ones.
 
         x ~ pi_ref,   g(x) = mean_s r_s(x) / unit
 
-    Logged and fresh texts take turns, so that each microbatch and each device has some of both.
+    They take turns, `accumulate` at a time: so each device has some of both, and so has each microbatch, whose rows
+    stand that far apart.
     """
 
     def fill(params, frozen, batch: LoggedTexts, coefficients_sd, key) -> OffPolicy:
@@ -101,7 +102,11 @@ def with_fresh(decoder: Decoder, featurise: Callable) -> Callable:
             OffPolicy(drawn.tokens[:, 0], drawn.logprob[:, 0].sum(-1), fresh_b, jnp.zeros_like(fresh_b),
                       jnp.ones_like(fresh_b), batch.prompt_bq),
         )  # fmt: skip
-        return OffPolicy(*(rearrange(jnp.stack(two, 1), "b t ... -> (b t) ...") for two in zip(*sides, strict=True)))
+
+        def take_turns(two):
+            return rearrange(jnp.stack(two), "t (b a) ... -> (b t a) ...", a=accumulate)
+
+        return OffPolicy(*(take_turns(two) for two in zip(*sides, strict=True)))
 
     return fill
 
@@ -131,7 +136,7 @@ def align_dr_cpo(
         raise ValueError(f"residual: expected the outcome less the confounders' part (`causal.reward.residual_form`) "
                          f"for dr_cpo, got a reward of form {residual.form!r}")  # fmt: skip
     require(reward, align.accept_risk)
-    check_texts(texts, decoder, reference)
+    check_texts(texts, decoder, reference, reward)
     if texts.prompt_nq is not None:
         raise ValueError("prompt: expected whole texts of an own decoder for dr_cpo, got texts behind prompts")
     unit = float(reward.mean.std()) or 1.0

@@ -14,7 +14,7 @@ from deconfound_jax.config import Align, Dpo
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.recipes.reference import text_logprobs
 from deconfound_jax.recipes.stage import Record, Stage, batch_of, train, trained_part
-from deconfound_jax.recipes.texts import Texts, check_texts, different_texts, require
+from deconfound_jax.recipes.texts import Texts, check_certainty, check_texts, different_texts, require
 from deconfound_jax.structs import Pairs
 from deconfound_jax.train.step import adamw, make_step
 
@@ -27,7 +27,11 @@ def dpo_stage(decoder: Decoder, config: Dpo, accumulate: int = 1) -> Stage:
 
 
 def pair_objective(decoder: Decoder, config: Dpo) -> Callable:
-    """The loss that `config` names, as an objective."""
+    """The loss that `config` names, as an objective; ValueError for knobs that make nothing of a pair."""
+    if config.group_size < 2:
+        raise ValueError(f"dpo.group_size: expected at least 2 texts to compare, got {config.group_size}")
+    if config.loss == "robust" and not 0 <= config.noise < 0.5:
+        raise ValueError(f"dpo.noise: expected 0 to below 1/2 for the robust loss, got {config.noise}")
     return preference_objective(decoder, config.loss, config.normalise)
 
 
@@ -52,7 +56,7 @@ def align_dpo(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, rewa
         see `texts.check_texts` and `texts.different_texts`.
     """
     require(reward, align.accept_risk, sign is not None)
-    check_texts(texts, decoder, reference)
+    check_texts(texts, decoder, reference, reward)
     groups_mg = form_groups(texts.within_n, len(texts.tokens_nl), config.group_size, seed)
     label_mp, weight_mp = labels(reward, groups_mg, config)
     weight_mp = weight_mp * different_texts(texts, groups_mg, align.equal_texts == "drop")
@@ -73,6 +77,8 @@ def align_dpo(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, rewa
 
 def labels(reward: Reward, groups_mg: np.ndarray, config: Dpo) -> tuple[np.ndarray, np.ndarray]:
     """Label and weight of every pair of every group, (m, p) each; `hard` forgets how sure the posterior is."""
+    if (config.label, config.weight) != ("hard", "one"):
+        check_certainty(reward)
     label_mp, weight_mp = pair_labels(reward.draws_sn, groups_mg, float(reward.mean.std()), config.weight)
     if config.label == "hard":
         first, second = pair_index(groups_mg.shape[1])

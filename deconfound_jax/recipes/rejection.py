@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from deconfound_jax.align.losses import weighted_mean
+from deconfound_jax.align.logprobs import group_mask
 from deconfound_jax.align.rounds import round_step
 from deconfound_jax.align.scored import sft_objective
 from deconfound_jax.align.scoring import TextReward, scored
@@ -75,7 +75,10 @@ def best_samples(
         best_b1 = choose(score_bg)[:, None]
         tokens_bl = jnp.take_along_axis(drawn.tokens, best_b1[..., None], 1)[:, 0]
         best_b = jnp.take_along_axis(score_bg, best_b1, 1)[:, 0]
-        return Scored(tokens_bl, None, best_b, None, None, jnp.ones_like(best_b), prompt_bq)
+        # A text's loss is a mean over its tokens. Weighted by their number it is the likelihood of the text: by text
+        # alone, long ones would pull less a token, and the limit would be the best of n over its length.
+        targets_b = group_mask(tokens_bl[:, None], prompt_bq)[:, 0].sum(-1).astype(best_b.dtype)
+        return Scored(tokens_bl, None, best_b, None, None, targets_b, prompt_bq)
 
     return fill
 
@@ -109,6 +112,6 @@ def _imitate(decoder: Decoder) -> Callable:
 
     def objective(params, frozen, batch: Scored, key):
         loss_b, weight_b, penalty, metrics = imitate(params, frozen, batch, key)
-        return loss_b, weight_b, penalty, metrics | {"score": weighted_mean(batch.reward_b, weight_b)}
+        return loss_b, weight_b, penalty, metrics | {"score": batch.reward_b.mean()}
 
     return objective

@@ -90,7 +90,7 @@ def train_reward_model(
         the confounders' part; texts or pairs that teach nothing (`texts`); outcomes that the likelihood does not know.
     """
     check_reward_model(config)
-    check_texts(texts, decoder, reference)
+    check_texts(texts, decoder, reference, learned if config.target == "reward" else None)
     if config.target == "outcome":
         target = _of_outcomes(texts, learned, config, align, seed)
     else:
@@ -172,7 +172,8 @@ def _of_outcomes(texts: Texts, logs: Logs, config: RewardModel, align: Align, se
 
 def _seen(logs: Logs, texts: Texts) -> np.ndarray:
     y_n = logs.outcome_n
-    if (missing := np.flatnonzero(~np.isfinite(y_n))).size:
+    seen_n = np.asarray(logs.columns[logs.roles.observed]) != 0 if logs.roles.observed else True
+    if (missing := np.flatnonzero(~(np.isfinite(y_n) & seen_n))).size:  # an unseen outcome may be any number
         raise ValueError(f"roles.outcome: expected a number in every row, rows {texts.named(missing)} have none")
     return y_n
 

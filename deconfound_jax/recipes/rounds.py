@@ -49,7 +49,9 @@ def round_tokens(config: Grpo, new_tokens: int) -> int:
 
 
 def grpo_objective(decoder: Decoder, config: Grpo) -> Callable:
-    """The policy gradient that `config` describes."""
+    """The policy gradient that `config` describes; ValueError for groups of one text."""
+    if config.group_size < 2:
+        raise ValueError(f"grpo.group_size: expected at least 2 texts to compare, got {config.group_size}")
     return policy_gradient_objective(decoder, config.advantage, config.estimator)
 
 

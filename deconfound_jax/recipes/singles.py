@@ -16,7 +16,7 @@ from deconfound_jax.config import Align, Dro, Kto, Top
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.recipes.reference import text_logprobs
 from deconfound_jax.recipes.stage import Record, Stage, batch_of, train, trained_part
-from deconfound_jax.recipes.texts import Texts, check_texts, require
+from deconfound_jax.recipes.texts import Texts, check_certainty, check_texts, require
 from deconfound_jax.structs import Scored
 from deconfound_jax.train.step import adamw, make_step
 
@@ -31,8 +31,10 @@ def single_stage(decoder: Decoder, config: Single, accumulate: int = 1) -> Stage
 
 
 def objective_of(decoder: Decoder, config: Single) -> Callable:
-    """Maximum likelihood for `Top`, else the objective of `config`'s name."""
+    """Maximum likelihood for `Top`, else the objective of `config`'s name; ValueError for a share that is none."""
     if isinstance(config, Top):
+        if not 0 < config.share < 1:
+            raise ValueError(f"top.share: expected a share between 0 and 1, got {config.share}")
         return sft_objective(decoder)
     return kto_objective(decoder) if isinstance(config, Kto) else dro_objective(decoder)
 
@@ -51,7 +53,7 @@ def align_singles(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, 
       ValueError: see `preference.align_dpo`.
     """
     require(reward, align.accept_risk)
-    check_texts(texts, decoder, reference)
+    check_texts(texts, decoder, reference, reward)
     scored = score_texts(decoder, reference, texts, reward, config)
     order = epochs(len(texts.tokens_nl), config.batch, seed)
 
@@ -69,6 +71,8 @@ def align_singles(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, 
 
 def score_texts(decoder: Decoder, reference: Any, texts: Texts, reward: Reward, config: Single) -> Scored:
     """The whole log as `Scored`, on the host."""
+    if isinstance(config, Top | Kto) or config.weight == "precision":
+        check_certainty(reward)
     unit = float(reward.mean.std()) or 1.0
     mean_n, sd_n = (reward.mean - reward.mean.mean()) / unit, reward.sd / unit
     weight_n = np.ones_like(mean_n)

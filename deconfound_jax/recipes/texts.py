@@ -32,13 +32,18 @@ class Texts(NamedTuple):
         return ", ".join(self.keys(np.asarray(rows)[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
 
 
-def check_texts(texts: Texts, decoder: Decoder, reference: Any) -> None:
+def check_texts(texts: Texts, decoder: Decoder, reference: Any, reward: Reward | None = None) -> None:
     """Refuses what would train on nothing, or on something else than it says.
 
-    Raises ValueError by name: texts without a token to learn (cut short, or empty), ids beyond the decoder's
-    vocabulary, a prompt without a token, other prompts inside one code, no reference.
+    Raises ValueError by name: a reward or codes of another number of texts, texts without a token to learn (cut short,
+    or empty), ids beyond the decoder's vocabulary, a prompt without a token, other prompts inside one code, no
+    reference.
     """
     check_policy(reference)
+    lengths = {"reward.draws_sn": None if reward is None else reward.draws_sn.T, "texts.within_n": texts.within_n}
+    for name, values in lengths.items():
+        if values is not None and len(values) != len(texts.tokens_nl):
+            raise ValueError(f"{name}: expected one value a text ({len(texts.tokens_nl)}), got {len(values)}")
     _check_ids("tokens", texts.tokens_nl, decoder, texts)
     if texts.prompt_nq is None:
         check_targets(texts.tokens_nl, texts.keys_n)
@@ -103,6 +108,13 @@ def require(reward: Reward, accept_risk: bool, bounded: bool = False) -> None:
         )
     if not (bounded and reward.verdict.status == "bounded"):
         reward.verdict.require()
+
+
+def check_certainty(reward: Reward) -> None:
+    """ValueError for the residual form where labels or weights say how sure the posterior is: its draws do not."""
+    if reward.form == "residual":
+        raise ValueError("reward.form: draws of the residual form lack y's own noise and make no probability; expected "
+                         "text or model")  # fmt: skip
 
 
 def _check_ids(name: str, tokens_nl: np.ndarray, decoder: Decoder, texts: Texts) -> None:

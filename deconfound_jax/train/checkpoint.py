@@ -95,6 +95,14 @@ def restore_latest(folder, like: Any) -> tuple[Any, int] | None:
     return None
 
 
+def drop_beyond(folder, step: int) -> None:
+    """Removes the states after `step`, which `restore_latest` passed over: damaged, they are no way back."""
+    folder = epath.Path(folder).absolute()
+    for other in _steps(folder) if writes() else ():
+        if other > step:
+            _remove(folder / str(other))
+
+
 def nbytes(tree: Any) -> int:
     """Bytes of all leaves, on every device together."""
     return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
@@ -133,15 +141,21 @@ def _sums(folder: epath.Path) -> dict[str, list]:
 
 
 def _sum(path: epath.Path) -> list:
+    # In pieces, and not by `hashlib.file_digest`: some object stores' files know `read` alone.
+    digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return [file.tell(), digest]
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+            size += len(piece)
+    return [size, digest.hexdigest()]
 
 
 def _fault(place: epath.Path) -> str:
     """What is wrong with a state on disk; empty where it is whole."""
     try:
         sums = json.loads((place / _SUMS).read_text())
+        if not sums:
+            return f"{_SUMS} names no file"
         for name, (size, digest) in sums.items():
             path = place / _STATE / name
             found = _sum(path) if path.exists() else None

@@ -70,10 +70,11 @@ def run_stage(
     periods = {"steps": steps, "checkpoint_every": checkpoint_every}
     _check_dispatch(name, dispatch, periods | {f"evaluators[{i}]": every for i, (every, _) in enumerate(evaluators)})
     log, folder = MetricsLog(workdir, name, writers, keys), epath.Path(workdir) / "checkpoints" / name
+    stops = False
     with asked_to_stop() as asked:
         state, done = _start(log, folder, state, steps, evaluators)
         _check_dispatch(name, dispatch, {f"the {done} steps done": done})
-        while done < steps:
+        while done < steps and not stops:
             batch = stack_batches(batches, done, dispatch)
             log.start_clock()
             state, metrics = step(state, frozen, batch, key)
@@ -90,20 +91,22 @@ def run_stage(
                 _save(log, folder, state, done)
             if on_step:
                 on_step(name, done, steps, log.newest)
-            if stops:
-                raise Preempted(f"stage {name!r}: stopped after step {done} of {steps}, its state is saved in {folder}")
+    # Asked once more: it may have come while the last state was being saved.
+    if stops or asked():
+        raise Preempted(f"stage {name!r}: stopped after step {done} of {steps}, its state is saved in {folder}")
     return state
 
 
 def _start(log: MetricsLog, folder: epath.Path, state: TrainState, steps: int, evaluators: Sequence[Evaluator]):
-    # Resume order: 1. the newest whole checkpoint, else the given state; 2. rows beyond it are cut, as they will
-    # be written again; 3. a fresh state is evaluated; 4. batches and keys follow from the step number.
+    # Resume order: 1. the newest whole checkpoint, else the given state; 2. rows and damaged states beyond it are cut,
+    # as they will be written again; 3. a fresh state is evaluated; 4. batches and keys follow from the step number.
     restored = checkpoint.restore_latest(folder, state)
     state, done = restored or (state, 0)
     if not max(done, 1) <= steps:
         least = max(done, 1)
         raise ValueError(f"stage {log.name!r}: expected steps of at least {least} ({done} are done), got {steps}")
-    log.cut(done if restored else -1, finished=done == steps)
+    log.cut(done if restored else -1)
+    checkpoint.drop_beyond(folder, done)
     if not restored:
         log.evaluate([evaluator for _, evaluator in evaluators], state, done)
     return state, done

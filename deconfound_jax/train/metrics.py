@@ -8,6 +8,7 @@ Metrics wait on the device until `flush`; there they are looked through for what
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ Writer = Callable[[Sequence[Row]], None]  # rows as they were appended; see `tra
 WATCHED = ("loss", "grad_norm")  # a run stops where one of these is not finite
 _STOPPED = "nonfinite.json"
 _PATIENCE = 10.0  # seconds after which rows are fetched though nothing asks for them
+_log = logging.getLogger(__name__)
 
 
 class NonFinite(FloatingPointError):
@@ -50,21 +52,16 @@ class MetricsLog:
     def __init__(self, workdir, name: str, writers: Sequence[Writer] = (), keys: Callable | None = None):
         self.folder, self.name = epath.Path(workdir), name
         self.path = self.folder / "metrics.jsonl"
-        self._writers, self._keys = writers, keys
+        self._writers, self._keys = list(writers), keys
         self._waiting: list[tuple[int, int, Any, float]] = []  # steps done after it, steps of it, metrics, clock
         self._began = self._flushed = time.monotonic()
         self._metrics, self._found = {}, {}
         self._since, self._tokens = None, 0  # of the rate: when the clock started, tokens since
 
-    def cut(self, done: int, finished: bool) -> None:
-        """Leaves what was written up to this stage's step `done`; a finished stage leaves later stages' rows."""
-        lines = whole_lines(self.path)
-        if not finished:
-            rows = [json.loads(line) for line in lines]
-            beyond = (i for i, row in enumerate(rows) if row["name"] == self.name and row["step"] > done)
-            mine = [i for i, row in enumerate(rows) if row["name"] == self.name and row["step"] <= done]
-            # A stage that is not finished has no successors: rows behind its own are of a run that is undone.
-            lines = lines[: mine[-1] + 1] if mine else lines[: next(beyond, len(lines))]
+    def cut(self, done: int) -> None:
+        """Leaves this stage's rows up to its step `done`, and those of other stages, which cut their own."""
+        rows = ((line, json.loads(line)) for line in whole_lines(self.path))
+        lines = [line for line, row in rows if row["name"] != self.name or row["step"] <= done]
         if writes():
             write_whole(self.path, "".join(line + "\n" for line in lines))
             (self.folder / _STOPPED).unlink(missing_ok=True)  # what it tells of is tried again, or was mended
@@ -150,8 +147,14 @@ class MetricsLog:
         rows = [{k: _plain(v) for k, v in row.items()} for row in rows]
         # On disk before the checkpoint that vouches for these rows.
         append_lines(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-        for writer in self._writers:
-            writer(rows)
+        for writer in list(self._writers):
+            try:
+                writer(rows)
+            except Exception as error:
+                # The record is on disk: what shows it elsewhere ends no run.
+                _log.warning("stage %r: a writer failed and gets no more rows (%s: %s)", self.name,
+                             type(error).__name__, error)  # fmt: skip
+                self._writers.remove(writer)
 
 
 def _plain(value: Any) -> Any:

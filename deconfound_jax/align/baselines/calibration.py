@@ -98,9 +98,12 @@ def _at(x0: float, x_m, y_m, weight_m, near: int) -> float:
     """The local line's height at x0."""
     far_m = np.abs(x_m - x0)
     width = np.partition(far_m, near - 1)[near - 1]
-    inside = far_m < width if width > 0 else far_m == 0
-    gap_i, y_i = x_m[inside] - x0, y_m[inside]
-    share_i = weight_m[inside] * ((1 - (far_m[inside] / width) ** 3) ** 3 if width > 0 else 1.0)
+    inside, kernel_m = far_m < width, 1.0
+    if inside.any():
+        kernel_m = (1 - np.minimum(far_m / width, 1) ** 3) ** 3
+    else:  # between two values of x, one of which has more rows than the neighbourhood: all that are so near
+        inside, kernel_m = far_m <= width, np.ones_like(far_m)
+    gap_i, y_i, share_i = x_m[inside] - x0, y_m[inside], (weight_m * kernel_m)[inside]
     share_i = share_i / share_i.sum()
     mean = share_i @ gap_i
     spread = share_i @ (gap_i - mean) ** 2

@@ -93,7 +93,8 @@ def reward_data(logs: Logs, features_nd: np.ndarray, design: Design, prompt_feat
     design = with_missing_indicators(design, logs)
     numbers = [np.asarray(columns[t.column], np.float64)[:, None] for t in design.terms if t.kind in NUMBERS]
     numbers += [np.asarray(columns[t.column], np.float64) for t in design.terms if t.kind == "embedding"]
-    levels = [logs.codes(t.column) for t in design.terms if t.kind in LEVELS]
+    # intercept(text) is a text's own deviation: nothing that was settled before the text.
+    levels = [logs.codes(t.column) for t in design.terms if t.kind in LEVELS and t.column != roles.text]
     counts = design.response == "empirical_logit" or design.family in COUNTS
     within = roles.pair_within or roles.prompt
     data = RewardData(
