@@ -70,9 +70,8 @@ def run_stage(
     periods = {"steps": steps, "checkpoint_every": checkpoint_every}
     _check_dispatch(name, dispatch, periods | {f"evaluators[{i}]": every for i, (every, _) in enumerate(evaluators)})
     log, folder = MetricsLog(workdir, name, writers, keys), epath.Path(workdir) / "checkpoints" / name
-    stops = False
     with asked_to_stop() as asked:
-        state, done = _start(log, folder, state, steps, evaluators)
+        (state, done), stops = _start(log, folder, state, steps, evaluators), False
         _check_dispatch(name, dispatch, {f"the {done} steps done": done})
         while done < steps and not stops:
             batch = stack_batches(batches, done, dispatch)
