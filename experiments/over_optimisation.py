@@ -48,8 +48,13 @@ BAR_ROWS = 300
 
 
 def run(config: OverOptimisation, workdir, on_step: Callable | None = None) -> dict[str, Any]:
-    """Every seed, log, reward and pool; returns what results.json holds, see `summarise`."""
-    workdir = epath.Path(workdir)
+    """Every seed, log, reward and pool; returns what results.json holds, see `summarise`.
+
+    Raises:
+      ValueError: the directory holds another reference.
+    """
+    data = f"newsroom {config.reference_seed}"  # what the reference was trained on; all else is made anew
+    workdir = rundir.claim(epath.Path(workdir), config.run, None, data)
     reference = reference_of(config, rundir.record_of(config.run, workdir, "sft", on_step))
     draw = sampler(config, reference)
     curves: dict[tuple, list[Curves]] = {}

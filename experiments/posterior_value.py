@@ -60,11 +60,15 @@ class Size(NamedTuple):
 
 
 def run(config: PosteriorValue, workdir, on_step: Callable | None = None) -> dict[str, Any]:
-    """Every seed, size and variant; returns what results.json holds."""
-    workdir = epath.Path(workdir)
+    """Every seed, size and variant; returns what results.json holds.
+
+    Raises:
+      ValueError: the directory holds a study with other knobs.
+    """
     simulation = dataclasses.replace(config.run.simulation, articles=max(config.articles))
     align = dataclasses.replace(config.run.align, recipe="dpo")
     run = dataclasses.replace(config.run, methods=("deconfounded",), simulation=simulation, align=align)
+    workdir = rundir.claim(epath.Path(workdir), run, None, "newsroom")  # other seeds may come to it
     compiled = compile_once(run)
     sizes = {seed: run_seed(config, run, compiled, seed, workdir, on_step) for seed in config.seeds}
     results = summarise(config, sizes) | {"newsroom.posterior_value.compilations": compiled.policy.traces()}

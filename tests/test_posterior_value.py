@@ -107,6 +107,10 @@ def test_both_studies_run(tmp_path):
     assert 0 < found["newsroom.posterior_value.60.certainty"] < 1
     assert 0 < found["newsroom.posterior_value.60.weight"] < 1
 
+    other = dataclasses.replace(smoke, dpo=dataclasses.replace(smoke.dpo, beta=0.9))
+    with pytest.raises(ValueError, match=r"dpo\.beta: .* there, 0\.9 asked for"):
+        value.run(value.PosteriorValue(seeds=(0,), articles=(60,), run=other), tmp_path / "value")
+
     run = dataclasses.replace(smoke, methods=("naive", "deconfounded"), best_of_n=BestOfN(sizes=(1, 4, 64)))
     rewards = ("naive", "deconfounded")  # a third would compile another fit
     config = OverOptimisation(seeds=(0,), rows=(300,), rewards=rewards, samples=64, reference_seed=0, run=run)
@@ -117,6 +121,8 @@ def test_both_studies_run(tmp_path):
             assert curve[0] == pytest.approx(0, abs=1e-9) and np.isfinite(curve).all()
             assert np.all(np.diff(found[f"{prefix}.300.deconfounded.{score}.proxy"]) > 0)
     assert len(over.tables(config, found)) == 2
+    with pytest.raises(ValueError, match="data: fingerprint newsroom 0 there, newsroom 1 asked for"):
+        over.run(dataclasses.replace(config, reference_seed=1), tmp_path / "over")
     for folder in ("value", "over"):
         assert json.loads((tmp_path / folder / "results.json").read_text())
         assert (tmp_path / folder / "truth.png").stat().st_size > 10_000
