@@ -150,6 +150,19 @@ def test_two_steps_a_dispatch_are_the_same_steps(tmp_path, whole, draw, name):
         assert one == {k: pytest.approx(v, rel=1e-4, abs=1e-6) if isinstance(v, float) else v for k, v in two.items()}
 
 
+def test_the_step_size_falls_over_all_updates_of_all_rounds():
+    of, config = tiny(), dataclasses.replace(ROUNDS, rounds=10, updates=4)
+    prepared = prepare(log_of(TEXTS.tokens_nl, 1.0), np.eye(len(TEXTS.tokens_nl), 2), Design.parse("category(week)"))
+    joint = joint_stage(of.decoder, prepared.spec, config, Joint(rows=32, warm_rows=64), FEATURES)
+    for stage in (stage_of(of.decoder, config, FEATURES), joint):
+        params, moved = {"w": np.ones((), np.float32)}, []
+        state = stage.optimizer.init(params)
+        for _ in range(40):
+            change, state = stage.optimizer.update({"w": np.ones((), np.float32)}, state, params)
+            moved.append(abs(float(change["w"])))
+        assert np.argmax(moved) in (3, 4) and 0.3 < moved[20] / max(moved) < 0.8 and moved[-1] > 0
+
+
 @pytest.mark.parametrize("name", ["kto", "dro", "dr_grpo"])
 def test_a_joint_recipe_follows_the_outcomes_of_its_log(tmp_path, draw, name):
     of, config, joint = tiny(), CONFIGS[name], Joint(rows=32, warm_rows=64, draws=8)

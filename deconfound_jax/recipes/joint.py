@@ -43,10 +43,10 @@ def joint_stage(decoder: Decoder, spec: Spec, config: Config, joint: Joint, feat
     if not isinstance(config, Config):
         name = batch_of(config)[0].partition(".")[0]
         raise ValueError(f"align.recipe: expected dpo, kto, dro or grpo for the joint step, got {name!r}")
-    steps = config.rounds if isinstance(config, Grpo) else config.steps
-    optimizer, updates, tokens = adamw(config.learning_rate, steps), 1, None
+    steps, updates = (config.rounds, config.updates) if isinstance(config, Grpo) else (config.steps, 1)
+    optimizer, tokens = adamw(config.learning_rate, steps * updates), None
     if isinstance(config, Grpo):
-        objective, updates, new_tokens = grpo_objective(decoder, config), config.updates, decoder.config.length - 1
+        objective, new_tokens = grpo_objective(decoder, config), decoder.config.length - 1
         featurise, tokens = featuriser(decoder, features or Features()), round_tokens(config, new_tokens)
         fill = fill_rollouts(sample_groups(decoder, featurise, config, new_tokens, (END,)))
     elif isinstance(config, Dpo):

@@ -36,7 +36,8 @@ def grpo_stage(decoder: Decoder, config: Grpo, features: Features, new_tokens: i
       featurise: in place of `featuriser(decoder, features)`.
       accumulate: microbatches of groups in which an update reads the round's texts.
     """
-    optimizer, new_tokens = adamw(config.learning_rate, config.rounds), new_tokens or decoder.config.length - 1
+    optimizer = adamw(config.learning_rate, config.rounds * config.updates)
+    new_tokens = new_tokens or decoder.config.length - 1
     fill = sample_groups(decoder, featurise or featuriser(decoder, features), config, new_tokens, stop)
     step = round_step(grpo_objective(decoder, config), optimizer, fill, config.updates, accumulate)
     return Stage(jit_step(step), optimizer, config.rounds, batch=batch_of(config),
