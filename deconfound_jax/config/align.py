@@ -107,7 +107,7 @@ class Grpo:
     estimator: Literal["k1", "k2", "k3"] = "k1"
     clip: float = 0.2  # the probability ratio stays in [1 - clip, 1 + clip]
     reward: Literal["draw", "mean", "lower"] = "draw"  # of a group: one joint draw, the mean, or the 5% quantile
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the samples; ratios and divergence take them as drawn at 1, so 1 is unbiased
 
 
 @dataclasses.dataclass(frozen=True)
