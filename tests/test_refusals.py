@@ -148,8 +148,10 @@ def test_knobs_that_leave_nothing_to_learn():
 
 def test_grpo_asks_for_a_reward_of_any_text_and_for_prompts(tmp_path):
     refuse(tmp_path, "grpo", TEXTS, r"anywhere: expected a reward of any text for grpo", anywhere=None)
-    behind = texts_with([], prompt_nq=TOKENS_NL[:, :1])
-    refuse(tmp_path, "grpo", behind, r"prompt: expected whole texts for grpo, got .* align_grpo takes as prompts_nq")
+    behind = texts_with([], prompt_nq=TOKENS_NL[:, :2])
+    refuse(tmp_path, "grpo", behind, r"prompt: expected one token before a text for grpo, got 2; grpo_stage with fewer")
+    elsewhere = texts_with([], prompt_nq=np.where(np.arange(len(TOKENS_NL)) == 5, PAD, BEGIN)[:, None])
+    refuse(tmp_path, "grpo", elsewhere, r"prompt: expected a token in every row, rows 5 have none")
     of, stage = tiny(), stage_of(tiny().decoder, CONFIGS["grpo"], FEATURES)
     for prompts_nq, message in (([[BEGIN], [PAD]], "prompt: .* rows 1 have none"), ([[12]], "prompt: .* got 12")):
         with pytest.raises(ValueError, match=message):

@@ -15,7 +15,7 @@ from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.recipes.off_policy import align_dr_cpo, align_rwr, dr_cpo_stage, rwr_stage
 from deconfound_jax.recipes.preference import align_dpo, dpo_stage
 from deconfound_jax.recipes.rejection import align_rejection, rejection_stage
-from deconfound_jax.recipes.rounds import align_grpo, grpo_stage
+from deconfound_jax.recipes.rounds import OWN, align_grpo, grpo_stage
 from deconfound_jax.recipes.singles import align_singles, single_stage
 from deconfound_jax.recipes.stage import Record, Stage, batch_of
 from deconfound_jax.recipes.texts import Texts
@@ -93,15 +93,14 @@ def align_policy(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, r
     if isinstance(config, Grpo | Rejection | DrCpo) and anywhere is None:
         name = batch_of(config)[0].partition(".")[0]
         raise ValueError(f"anywhere: expected a reward of any text for {name} (`scoring.text_reward`), got None")
-    if isinstance(config, Grpo | Rejection) and texts.prompt_nq is not None:
-        # Behind BEGIN alone they would train on something else than the texts say.
-        name = batch_of(config)[0].partition(".")[0]
-        raise ValueError(f"prompt: expected whole texts for {name}, got texts behind prompts, which align_{name} takes "
-                         "as prompts_nq")  # fmt: skip
-    if isinstance(config, Grpo):
-        return align_grpo(decoder, stage, reference, anywhere, reward, *rest)
-    if isinstance(config, Rejection):
-        return align_rejection(decoder, stage, reference, anywhere, reward, *rest)
+    if isinstance(config, Grpo | Rejection):
+        prompts_nq = OWN if texts.prompt_nq is None else texts.prompt_nq
+        if prompts_nq.shape[1] > 1:  # `stage_of` leaves room for one token before a text
+            name = batch_of(config)[0].partition(".")[0]
+            raise ValueError(f"prompt: expected one token before a text for {name}, got {prompts_nq.shape[1]}; "
+                             f"{name}_stage with fewer new_tokens, and align_{name}, take longer ones")  # fmt: skip
+        align_own = align_grpo if isinstance(config, Grpo) else align_rejection
+        return align_own(decoder, stage, reference, anywhere, reward, *rest, prompts_nq)
     if isinstance(config, DrCpo):
         if residual is None:
             raise ValueError("residual: expected a reward of the log's outcomes for dr_cpo (`residual_of`), got None")
