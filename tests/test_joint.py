@@ -135,6 +135,20 @@ def test_the_policy_waits_for_warm_rows_and_one_trace_serves(small, tmp_path):
     assert stage.traces() == 1
 
 
+def test_a_batch_is_named_by_its_rows_of_the_log(small, monkeypatch):
+    logs, prepared, _, decoder, params, *_, tokens_nl = small
+    monkeypatch.setattr("deconfound_jax.recipes.joint.train", lambda *given: (given[3], given[8]))
+    texts = Texts(tokens_nl, logs.codes("article"), None, np.array([f"k{i}" for i in range(len(tokens_nl))]))
+    config = Dpo(steps=4, groups=8, group_size=5)
+    batch_at, keys_at = align_jointly(decoder, None, params, texts, prepared, config, Align(equal_texts="drop"), JOINT,
+                                      0, None)  # fmt: skip
+    named = [[int(key.removeprefix("k")) for key in keys_at(i)] for i in range(4)]
+    rows, members_bgl = batch_at(1).rows, batch_at(1).texts.tokens_bgl
+    np.testing.assert_allclose(rows.outcome_n, prepared.rows.outcome_n[prepared.row_of_log_n[named[1][:100]]])
+    np.testing.assert_array_equal(members_bgl.reshape(40, -1), tokens_nl[named[1][100:]])
+    assert len(named[3]) == 40, "the log's 300 rows have come"
+
+
 def test_the_joint_step_is_traced_once():
     chex.clear_trace_counter()
     traced = chex.assert_max_traces(n=1)(lambda state, frozen, batch, key: (state + batch, {}))

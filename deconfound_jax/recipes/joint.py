@@ -75,8 +75,9 @@ def align_jointly(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, 
     check_streamed(prepared, len(texts.tokens_nl), joint)
     check_texts(texts, decoder, reference)
     features_nd = text_features(prepared)
-    texts_at = _batches(decoder, reference, texts, features_nd, config, align, seed)
+    texts_at, picked_at = _batches(decoder, reference, texts, features_nd, config, align, seed)
     rows_at = row_batches(prepared.rows, joint.rows, seed)
+    streamed_at, log_row_n = _streamed(len(texts.tokens_nl), joint.rows, seed), np.argsort(prepared.row_of_log_n)
     params, frozen = trained_part(reference, align.lora, seed)
     if isinstance(config, Grpo):
         scaling = ((k, prepared.scaling[f"features.{v}"]) for k, v in (("mean_d", "mean"), ("scale_d", "sd")))
@@ -92,8 +93,12 @@ def align_jointly(decoder: Decoder, stage: Stage, reference: Any, texts: Texts, 
     def batch(i: int) -> JointBatch:
         return texts_at(i)._replace(rows=rows_at(i))
 
+    def keys(i: int) -> list[str]:
+        rows, new = streamed_at(i)
+        return texts.keys(log_row_n[rows[new]]) + texts.keys(picked_at(i))
+
     causal = init_causal(prepared.spec, rows_at(0), joint)
-    return train(stage, params, frozen | knobs, batch, seed, record, evaluators, causal)
+    return train(stage, params, frozen | knobs, batch, seed, record, evaluators, causal, keys)
 
 
 def text_features(prepared: Prepared) -> np.ndarray:
@@ -116,25 +121,35 @@ def check_streamed(prepared: Prepared, rows: int, joint: Joint) -> None:
 
 def row_batches(rows: Rows, size: int, seed: int) -> Callable[[int], Rows]:
     """step -> Rows of fixed size; each row comes once, afterwards rows carry weight 0."""
-    n = len(rows.outcome_n)
-    order = np.random.default_rng(seed).permutation(n)
+    streamed_at = _streamed(len(rows.outcome_n), size, seed)
     single = Rows(
         *[np.asarray(f, np.int32 if k == "levels_nc" else np.float32) for k, f in zip(Rows._fields, rows, strict=True)]
     )
 
     def at(i: int) -> Rows:
-        position = np.arange(i * size, (i + 1) * size)
-        piece = single.take(order[np.minimum(position, n - 1)])
-        return piece._replace(weight_n=piece.weight_n * (position < n))
+        places, new = streamed_at(i)
+        piece = single.take(places)
+        return piece._replace(weight_n=piece.weight_n * new)
 
     return at
 
 
-def _batches(decoder, reference, texts, features_nd, config, align, seed) -> Callable[[int], JointBatch]:
-    """step -> the texts' part of a `JointBatch`."""
+def _streamed(n: int, size: int, seed: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    """step -> `size` of the model's n rows, and which of them come for the first time."""
+    order = np.random.default_rng(seed).permutation(n)
+
+    def at(i: int) -> tuple[np.ndarray, np.ndarray]:
+        position = np.arange(i * size, (i + 1) * size)
+        return order[np.minimum(position, n - 1)], position < n
+
+    return at
+
+
+def _batches(decoder, reference, texts, features_nd, config, align, seed) -> tuple[Callable, Callable]:
+    """step -> the texts' part of a `JointBatch`; step -> the rows of the log that they are of."""
     if isinstance(config, Grpo):
         prompts_at = prompt_batches(OWN if texts.prompt_nq is None else texts.prompt_nq, config.groups, seed)
-        return lambda i: JointBatch(None, prompts_at(i))
+        return lambda i: JointBatch(None, prompts_at(i)), lambda i: np.empty(0, int)  # texts that no log holds
     if isinstance(config, Dpo):
         groups_mg = form_groups(texts.within_n, len(texts.tokens_nl), config.group_size, seed)
         differ_mp = different_texts(texts, groups_mg, align.equal_texts == "drop").astype(np.float32)
@@ -145,7 +160,7 @@ def _batches(decoder, reference, texts, features_nd, config, align, seed) -> Cal
             found = batch_of(pick)._replace(weight_bp=differ_mp[pick])
             return JointBatch(None, found, features_nd[groups_mg[pick]], (groups_mg[pick] >= 0).astype(np.float32))
 
-        return pairs
+        return pairs, lambda i: groups_mg[order(i)]
     reference_n = text_logprobs(decoder, reference, texts.tokens_nl, texts.prompt_nq)
     order = epochs(len(texts.tokens_nl), config.batch, seed)
 
@@ -156,4 +171,4 @@ def _batches(decoder, reference, texts, features_nd, config, align, seed) -> Cal
         scored = Scored(texts.tokens_nl[pick], reference_n[pick], blank, blank, blank, blank, prompt_bq)
         return JointBatch(None, scored, features_nd[pick], np.ones(len(pick), np.float32))
 
-    return singles
+    return singles, order
