@@ -10,7 +10,7 @@ about 1 nat. Policies are compared at equal KL, see `_at_equal_kl`. Half an hour
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +20,12 @@ from etils import epath
 
 from deconfound_jax.align.baselines.data import reward_data
 from deconfound_jax.align.baselines.odin import odin
+from deconfound_jax.align.baselines.tune import tune
 from deconfound_jax.align.scoring import TextReward, scored, text_reward
 from deconfound_jax.causal.reward import Reward, model_form
 from deconfound_jax.causal.spec import Prepared
 from deconfound_jax.causal.terms import prepare
-from deconfound_jax.config import Align, Dro, Grpo, Kto, Run, Top
+from deconfound_jax.config import Adam, Align, Dro, Grpo, Kto, Odin, Run, Top
 from deconfound_jax.evaluate import truth
 from deconfound_jax.recipes.best_of_n import best_of_curve
 from deconfound_jax.recipes.choice import align_policy, config_of, stage_of
@@ -67,6 +68,8 @@ class Recipes:
     recipes: tuple[str, ...] = (*TRAINED, "best_of_n")
     rewards: tuple[str, ...] = REWARDS
     joint: tuple[str, ...] = ("dpo", "kto", "dro", "grpo")  # recipes that also run as one compiled causal + policy step
+    # ODIN's settings, of which a seed takes the one that predicts held-out pairs of its log best: the truth has no say
+    odin: tuple[Odin, ...] = tuple(Odin(adam=Adam(learning_rate=rate)) for rate in (0.003, 0.01, 0.03))
     run: Run = dataclasses.field(default_factory=base)
 
 
@@ -86,8 +89,10 @@ def run(config: Recipes, workdir, on_step: Callable | None = None) -> dict[str, 
     """Runs every seed, recipe and reward; returns what results.json holds.
 
     Raises:
-      ValueError: the directory holds a study with other knobs.
+      ValueError: the directory holds a study with other knobs; a reward to compare with is missing.
     """
+    if missing := {"naive", "covariate", "deconfounded"} - set(config.rewards):
+        raise ValueError(f"rewards: expected naive, covariate and deconfounded among them, got no {sorted(missing)}")
     workdir = rundir.claim(epath.Path(workdir), config.run, None, "newsroom")  # other seeds and recipes may come to it
     run = dataclasses.replace(config.run, methods=("naive", "covariate", "deconfounded"))
     compiled, curves, traces = compile_once(run), {}, {}
@@ -128,7 +133,8 @@ def learn(config: Recipes, run: Run, c: Compiled, seed: int, workdir: epath.Path
         posterior = fit_once(prepared, design, causal, path, logs.codes(logs.roles.group))
         rewards[method], anywhere[method] = model_form(posterior, features_nd), text_reward(posterior)
     if "odin" in config.rewards:
-        model = odin(reward_data(logs, features_nd, designs(run)["deconfounded"]), key=jax.random.key(seed))
+        data, key = reward_data(logs, features_nd, designs(run)["deconfounded"]), jax.random.key(seed)
+        model = odin(data, tune(odin, data, config.odin, key).config, key)
         rewards["odin"] = model.reward(features_nd)
         # As many draws as the posteriors have, all equal: one compilation for all rewards.
         coefficients_sd = np.repeat(np.asarray(model.linear_d)[None], causal.draws, 0)
@@ -235,15 +241,25 @@ def tables(config: Recipes, results: Mapping[str, Any]) -> list[list[dict[str, A
     overall, by_seed = [], []
     for recipe in config.recipes:
         key, n = f"newsroom.{recipe}", len(config.seeds)
-        row = {"recipe": recipe, "KL": results[f"{key}.kl"]}
+        row = {
+            "recipe": recipe,
+            "KL": _range(results[f"{key}.{m}.kl.seeds"] for m in _names(config, recipe) if m != "odin"),
+        }
         row |= {m: results[f"{key}.{m}.true_share"] for m in config.rewards}
         row |= {f"over {m}": f"{results[f'{key}.deconfounded.wins_over_{m}']} of {n}" for m in config.rewards[:-1]}
         overall.append(row | {"joint": results.get(f"{key}.joint.true_share")})
         names = _names(config, recipe)
         for i, seed in enumerate(config.seeds):
-            row = {"recipe": recipe, "seed": seed, "KL": results[f"{key}.kl.seeds"][i]}
+            row = {"recipe": recipe, "seed": seed}
+            row["KL"] = _range([results[f"{key}.{m}.kl.seeds"][i]] for m in names if m != "odin")
             by_seed.append(row | {m: results[f"{key}.{m}.true_share.seeds"][i] for m in names})
     return [overall, by_seed]
+
+
+def _range(kl: Iterable[Sequence[float]]) -> str:
+    """The mean KL of each reward's policies, from the smallest to the largest; one number where they are equal."""
+    low, high = min(means := [float(np.mean(seeds)) for seeds in kl]), max(means)
+    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
 
 
 def _of(run: Run, recipe: str) -> Run:

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from deconfound_jax.config import BestOfN, Grpo
+from deconfound_jax.config import Adam, BestOfN, Grpo, Odin
 from deconfound_jax.train.loop import read_metrics
 from experiments import recipes_study as study
 from experiments.presets import PRESETS
@@ -26,7 +26,7 @@ def ran(tmp_path_factory):
     config = study.Recipes(
         seeds=(0,),
         recipes=("dpo", "grpo", "best_of_n"),
-        rewards=("naive", "covariate", "deconfounded"),
+        odin=tuple(Odin(restarts=1, adam=Adam(steps=20, learning_rate=rate)) for rate in (0.01, 0.1)),
         joint=("dpo",),
         run=dataclasses.replace(run, align=dataclasses.replace(run.align, evaluate_every=2)),
     )
@@ -61,7 +61,7 @@ def test_tables_and_bars_say_what_the_results_do(ran):
     assert [row["recipe"] for row in overall] == list(config.recipes)
     assert [row["joint"] is None for row in overall] == [False, True, True]
     assert by_seed[1]["naive"] == results["newsroom.grpo.naive.true_share.seeds"][0]
-    holds = {f"newsroom.{recipe}.{name}.true_share": {"naive": 0.4, "covariate": 0.5, "deconfounded": 0.6}[name]
+    holds = {f"newsroom.{recipe}.{name}.true_share": {"naive": 0.4, "covariate": 0.5, "odin": 0.7, "deconfounded": 0.6}[name]
              for recipe in config.recipes for name in config.rewards}  # fmt: skip
     holds |= {"newsroom.dpo.joint_minus_two_stage": -0.029}
     assert study.bars(config, holds) == []

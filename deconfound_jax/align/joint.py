@@ -161,8 +161,9 @@ def joint_step(spec: Spec, config: Joint, objective: Callable, optimizer: optax.
     def step(state, frozen, batch: JointBatch, key):
         key = jax.random.fold_in(key, state.step)
         causal = update_causal(spec, config, state.causal, batch.rows)
-        coefficients_sd = text_draws(spec, causal, config.draws, key)
-        texts = jax.lax.stop_gradient(fill(state.params, frozen, batch, coefficients_sd, key))
+        # Not the draws' key: `split` gives those of few the same first keys as those of many.
+        coefficients_sd, fill_key = text_draws(spec, causal, config.draws, key), jax.random.fold_in(key, 1)
+        texts = jax.lax.stop_gradient(fill(state.params, frozen, batch, coefficients_sd, fill_key))
         params, opt_state, metrics = update_several(
             objective, optimizer, state.params, state.opt_state, frozen, texts, key, updates, accumulate
         )
