@@ -61,8 +61,8 @@ def test_tables_and_bars_say_what_the_results_do(ran):
     assert [row["recipe"] for row in overall] == list(config.recipes)
     assert [row["joint"] is None for row in overall] == [False, True, True]
     assert by_seed[1]["naive"] == results["newsroom.grpo.naive.true_share.seeds"][0]
-    holds = {f"newsroom.{recipe}.{name}.true_share": {"naive": 0.4, "covariate": 0.5, "odin": 0.7, "deconfounded": 0.6}[name]
-             for recipe in config.recipes for name in config.rewards}  # fmt: skip
+    shares = {"naive": 0.4, "covariate": 0.5, "odin": 0.7, "deconfounded": 0.6}
+    holds = {f"newsroom.{recipe}.{m}.true_share": share for recipe in config.recipes for m, share in shares.items()}
     holds |= {"newsroom.dpo.joint_minus_two_stage": -0.029}
     assert study.bars(config, holds) == []
     broken = holds | {"newsroom.dpo.covariate.true_share": 0.6, "newsroom.dpo.joint_minus_two_stage": -0.031}
