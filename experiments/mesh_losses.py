@@ -106,7 +106,7 @@ def train(cases: Cases, data: Data, mesh, objective: str, precision: str) -> dic
     if objective == "dpo":
         step, causal, batch = make_step(preference_objective(decoder), optimizer), (), pair_batches(cases, data)
     else:
-        joint = Joint(rows=8 * cases.groups, warm_rows=16 * cases.groups, draws=16)
+        joint = Joint(rows=8 * cases.groups, warm_rows=0, draws=16)
         batch = joint_batches(cases, data, joint)
         made = joint_step(data.prepared.spec, joint, preference_objective(decoder), optimizer, fill_pairs("precision"))
         step, causal = jit_step(made), init_causal(data.prepared.spec, _typed(batch(0).rows, precision), joint)

@@ -155,7 +155,8 @@ def joint_step(spec: Spec, config: Joint, objective: Callable, optimizer: optax.
       accumulate: microbatches of the texts in an update, see `update.update_policy`; rows are read, and texts judged,
         all at once.
 
-    `state.causal` is a `CausalState`. The metrics hold the current psi by name, rows seen, and the objective's.
+    `state.causal` is a `CausalState`. The metrics hold the current psi by name, rows seen, and the objective's, which
+    are 0 as long as the policy is held back: nothing is computed of it then.
     """
 
     def step(state, frozen, batch: JointBatch, key):
@@ -163,14 +164,18 @@ def joint_step(spec: Spec, config: Joint, objective: Callable, optimizer: optax.
         causal = update_causal(spec, config, state.causal, batch.rows)
         # Not the draws' key: `split` gives those of few the same first keys as those of many.
         coefficients_sd, fill_key = text_draws(spec, causal, config.draws, key), jax.random.fold_in(key, 1)
-        texts = jax.lax.stop_gradient(fill(state.params, frozen, batch, coefficients_sd, fill_key))
-        params, opt_state, metrics = update_several(
-            objective, optimizer, state.params, state.opt_state, frozen, texts, key, updates, accumulate
-        )
         warm = causal.seen >= config.warm_rows
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(warm, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+
+        def learn(params, opt_state):
+            texts = jax.lax.stop_gradient(fill(params, frozen, batch, coefficients_sd, fill_key))
+            return update_several(objective, optimizer, params, opt_state, frozen, texts, key, updates, accumulate)
+
+        def wait(params, opt_state):
+            metrics = jax.eval_shape(learn, params, opt_state)[2]
+            return params, opt_state, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics)
+
+        # A branch, and no `where` over old and new parameters: that would hold both, and read them once more.
+        params, opt_state, metrics = jax.lax.cond(warm, learn, wait, state.params, state.opt_state)
         psi = constrain(spec, causal.raw)
         metrics = {**metrics, **{f"psi.{name}": value for name, value in psi.items()}, "seen": causal.seen}
         return state._replace(params=params, opt_state=opt_state, causal=causal, step=state.step + 1), metrics
