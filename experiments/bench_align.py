@@ -21,7 +21,6 @@ from etils import epath
 from deconfound_jax.structs import dump_json
 from deconfound_jax.train.files import write_whole
 from experiments import bench_mesh, bench_resume, recipes_study, rundir
-from experiments.bench_causal import all_threads
 from experiments.bench_jobs import in_child
 from experiments.cli import parse_study, preemptible, publish, tables_and_bars
 
@@ -79,7 +78,7 @@ def run(config: BenchAlign, workdir, say: Callable[[str], None] = lambda line: N
 
 def joint_over_dpo(shapes: str) -> dict[str, float]:
     """`joint_cost.cost` in a process of its own: `joint_over_dpo.{time, seconds.dpo, seconds.joint, flops.*}`."""
-    found = in_child({"job": "cost"} | TIME[shapes], "experiments.joint_cost", env=all_threads())
+    found = in_child({"job": "cost"} | TIME[shapes], "experiments.joint_cost")
     return {f"joint_over_dpo.{key}": value for key, value in found.items()}
 
 
