@@ -30,6 +30,7 @@ from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.encoders import ENCODERS, encode_by
 from deconfound_jax.models.language_model import LanguageModel, continue_prompts, load_language_model
+from deconfound_jax.models.lora import merge_lora
 from deconfound_jax.models.params import load_params
 from deconfound_jax.models.sample import sample
 from deconfound_jax.recipes.reference import decoder_features
@@ -68,14 +69,21 @@ class SavedRun:
         Raises:
           ValueError: the run has no such policy; it names those it has.
         """
-        if method == "sft" and self.published:
-            return self.published.params
         path = self.workdir / "policies" / f"{method}.npz"
+        if method == "sft" and self.published:
+            return self._tuned(path)
         if not path.exists():
             known = sorted(p.stem for p in (self.workdir / "policies").iterdir())
             raise ValueError(f"policy: expected one of {known}, got {method!r}")
         trained = load_params(path)
         return variables_of(trained, {} if "params" in trained else {"base": self.policy("sft")})
+
+    def _tuned(self, path: epath.Path) -> Any:
+        """The published model, with what SFT trained of it."""
+        if not self.config.policy.sft:
+            return self.published.params
+        trained = load_params(path)
+        return trained if "params" in trained else merge_lora(self.published.params, trained["lora"])
 
     def posterior(self, method: str = "deconfounded") -> Posterior:
         path = self.workdir / "posterior" / f"{method}.npz"

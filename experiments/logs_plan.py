@@ -51,6 +51,9 @@ def check_config(config: Run) -> None:
     recipe, own = config.align.recipe, config.features.source == "tokens" and not config.policy.source
     if recipe in SCORES_OWN and not own:
         raise ValueError(f"align.recipe: {recipe} scores texts of its own, by features.source=tokens of an own decoder")
+    if config.policy.sft and not config.policy.source:
+        raise ValueError("policy.sft: expected a published model in policy.source; an own decoder is always "
+                         "trained on the log's texts")  # fmt: skip
     by = config.logs.split.by
     if by != "components" and (config.logs.one_arm_logs or config.logs.observational):
         raise ValueError(f"logs.split.by: one_arm_logs and observational need 'components', got {by!r}")

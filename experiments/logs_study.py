@@ -35,8 +35,8 @@ from deconfound_jax.train.files import writes
 from experiments import rundir
 from experiments.judging import judge
 from experiments.logs_plan import Part, Plan, check_config, make_plan, read_logs
-from experiments.newsroom_study import designs, save_run
-from experiments.start import Start, start
+from experiments.newsroom_study import designs
+from experiments.start import Start, row_keys, start
 
 _log = logging.getLogger(__name__)
 _SHOWN = 6  # texts of a policy in the report
@@ -82,9 +82,8 @@ def learn(config: Run, plan: Plan, logs: Logs, workdir: epath.Path, on_step=None
     trained = train_policies(config, plan, logs, begun, rewards, posteriors, workdir, on_step)
     primary = feature_name(config)
     main = {method: posteriors[first.name, primary, method] for method in config.methods}
-    # A published reference stays where it is.
-    save_run(workdir, trained if config.policy.source else {"sft": begun.reference} | trained, main,
-             features[primary][first.train])  # fmt: skip
+    saved = trained if begun.trained is None else {"sft": begun.trained} | trained
+    rundir.save_run(workdir, saved, main, features[primary][first.train])
     base = {"base": begun.reference} if config.align.lora.rank else {}
     policies = {"sft": begun.reference} | {m: variables_of(params, base) for m, params in trained.items()}
     draw, key = begun.sampler(_SHOWN), jax.random.key(20_000 + config.seeds[0])
@@ -155,11 +154,6 @@ def residual_in(config: Run, part: Part, logs: Logs, begun: Start, method: str, 
     features_nd = decoder_features(begun.decoder, begun.reference, begun.tokens_nl[part.train], config.features)
     prepared = prepare(logs.take(part.train), features_nd, designs(config)[method], config.causal)
     return residual_of(config_of(config), posterior, prepared)
-
-
-def row_keys(logs: Logs) -> np.ndarray:
-    """Names of the rows, for errors: the key's column, or the row number."""
-    return logs.columns[logs.roles.key] if logs.roles.key else np.arange(len(logs))
 
 
 def file_or_encoder(config: Run, logs: Logs, workdir: epath.Path, on_step=None) -> np.ndarray:

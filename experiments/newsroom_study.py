@@ -27,7 +27,7 @@ from deconfound_jax.config import Run
 from deconfound_jax.evaluate import truth
 from deconfound_jax.models import tokenizer
 from deconfound_jax.models.decoder import Decoder
-from deconfound_jax.models.params import load_params, save_params
+from deconfound_jax.models.params import load_params
 from deconfound_jax.recipes.choice import align_policy, check_scale, config_of, residual_of, stage_of
 from deconfound_jax.recipes.curve import Draw, policy_sampler, policy_watch
 from deconfound_jax.recipes.joint import align_jointly, joint_stage
@@ -158,7 +158,7 @@ def run_seed(config: Run, compiled: Compiled, joints: dict, seed: int, logs: Log
             residual_of(config_of(config), posteriors[method], prepared[method]),
         )  # fmt: skip
     if seed == config.seeds[0]:
-        save_run(workdir, policies, posteriors, features_nd)
+        rundir.save_run(workdir, policies, posteriors, features_nd)
     curves = {m: curve_of(workdir, f"seed{seed}-{m}") for m in config.methods}
     return Seed(logs, known, features_nd, prepared, posteriors, rewards, curves)
 
@@ -174,23 +174,6 @@ def newsroom_watch(compiled: Compiled, reference: Any, seed: int, lora: bool = F
         return {"true_share": truth.true_share(newsroom.true_reward(texts), base_f), "off_grammar": off}
 
     return policy_watch(c.draw, reference, jax.random.fold_in(key, 1), truth=truly, lora=lora)
-
-
-def save_run(
-    workdir: epath.Path, policies: Mapping, posteriors: Mapping[str, Posterior], features_nd: np.ndarray
-) -> None:
-    """What `deconfound_jax.load` reads: policies, posteriors, the log's features."""
-    for method, params in policies.items():
-        whole = fetch(params)  # takes every process
-        if writes():
-            save_params(workdir / "policies" / f"{method}.npz", whole)
-    if not writes():
-        return
-    (workdir / "posterior").mkdir(parents=True, exist_ok=True)
-    for method, posterior in posteriors.items():
-        posterior.save(workdir / "posterior" / f"{method}.npz")
-    with (workdir / "log_features.npy").open("wb") as file:
-        np.save(file, features_nd.astype(np.float32))
 
 
 def summarise(config: Run, seeds: list[Seed]) -> dict[str, Any]:

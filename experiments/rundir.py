@@ -15,13 +15,17 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from deconfound_jax.causal.posterior import Posterior
 from deconfound_jax.config import Align, Run
+from deconfound_jax.models.params import save_params
 from deconfound_jax.recipes.stage import Record
 from deconfound_jax.structs import dump_json
 from deconfound_jax.train.files import write_whole, writes
+from deconfound_jax.train.hosts import fetch
 from deconfound_jax.train.mesh import make_mesh
 from deconfound_jax.train.metrics import Writer
 from deconfound_jax.train.writers import tensorboard, weights_and_biases
@@ -90,6 +94,27 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
         elif a != b:
             found[prefix + name] = (a, b)
     return found
+
+
+def save_policies(workdir: epath.Path, policies: Mapping) -> None:
+    """What was trained of each policy, all of it or adapters."""
+    for method, params in policies.items():
+        whole = fetch(params)  # takes every process
+        if writes():
+            save_params(workdir / "policies" / f"{method}.npz", whole)
+
+
+def save_run(workdir: epath.Path, policies: Mapping, posteriors: Mapping[str, Posterior],
+             features_nd: np.ndarray) -> None:  # fmt: skip
+    """What `deconfound_jax.load` reads: policies, posteriors, the log's features."""
+    save_policies(workdir, policies)
+    if not writes():
+        return
+    (workdir / "posterior").mkdir(parents=True, exist_ok=True)
+    for method, posterior in posteriors.items():
+        posterior.save(workdir / "posterior" / f"{method}.npz")
+    with (workdir / "log_features.npy").open("wb") as file:
+        np.save(file, features_nd.astype(np.float32))
 
 
 def write_results(workdir: epath.Path, results: Mapping[str, Any]) -> None:

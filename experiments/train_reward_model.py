@@ -44,8 +44,8 @@ from experiments import rundir
 from experiments.cli import markdown, parse_run, progress
 from experiments.judging import judge
 from experiments.logs_plan import Plan, check_config, make_plan, read_logs
-from experiments.logs_study import Fitted, feature_name, features_of, fit_rewards, row_keys, verdict
-from experiments.start import Start, start
+from experiments.logs_study import Fitted, feature_name, features_of, fit_rewards, verdict
+from experiments.start import Start, row_keys, start
 
 FEATURES = "reward_model"  # what stands in results where others name features
 _METRICS = ("pair_accuracy", "pair_accuracy_z196", "winner_hit_rate", "lift_per_1000", "confounder_correlation")
@@ -69,6 +69,8 @@ def run(config: Run, workdir, preset: Run | None = None, on_step: Callable | Non
     results = judge(config, plan, logs, fitted, workdir)
     results |= judge_models(config, plan, logs, fitted, models, workdir)
     results["reward_model.compilations"] = stage.traces()
+    if fitted.start.trained is not None:
+        rundir.save_policies(workdir, {"sft": fitted.start.trained})  # a base of adapters
     for method, model in models.items():
         whole = model._replace(**fetch({"variables": model.variables, "kernel_d": model.kernel_d}))  # by every process
         if writes():

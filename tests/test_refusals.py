@@ -209,6 +209,7 @@ def test_a_study_refuses_what_trains_nothing_before_it_begins(tmp_path, arms):
         ([*real, "best_of_n"], r"align\.recipe: expected one that trains"),
         ([*real, "grpo", "--features.source", "lm"], r"align\.recipe: grpo scores texts of its own"),
         ([*real, "grpo", "--policy.source", "org/name"], r"align\.recipe: grpo scores texts of its own"),
+        ([*real, "dpo", "--policy.sft"], r"policy\.sft: expected a published model in policy\.source"),
     )
     for argv, message in cases:
         config = parse_run(argv, "")[0]

@@ -55,6 +55,19 @@ def published(tmp_path_factory):
     return folder / "run", config, align.run(config, folder / "run")
 
 
+@pytest.fixture(scope="module")
+def tuned(published, tmp_path_factory):
+    """The same run, the model trained on the log's texts first; and the rows whose texts were read for it."""
+    _, config, _ = published
+    policy, workdir = dataclasses.replace(config.policy, sft=True), tmp_path_factory.mktemp("tuned") / "run"
+    config, read = dataclasses.replace(config, policy=policy), []
+    with pytest.MonkeyPatch.context() as patch:
+        keep = start.tune_reference
+        patch.setattr(start, "tune_reference", lambda *a: read.append(a[3].keys_n) or keep(*a))
+        results = align.run(config, workdir)
+    return workdir, config, results, read[0]
+
+
 def test_adapters_of_a_published_model_are_trained_and_judged(published):
     workdir, config, results = published
     key = f"policy.{config.name}.tokens.deconfounded"
@@ -81,9 +94,41 @@ def test_the_run_opens_again(published, tmp_path):
         run.policy("naive")
 
 
-def test_the_saved_policy_is_the_one_that_was_judged(published):
+def test_a_published_model_is_trained_on_the_texts_that_are_not_held_out(published, tuned):
+    workdir, config, results, read_n = tuned
+    logs = read_logs(config, rundir.epath.Path(workdir))
+    first = make_plan(config, logs).parts[0]
+    assert len(read_n) and not np.intersect1d(read_n, first.held_out).size
+    assert len({logs.text[i] for i in read_n}) == len(read_n), "each text once"
+    assert sorted(p.name for p in (workdir / "policies").iterdir()) == ["deconfounded.npz", "sft.npz"]
+    with np.load(workdir / "policies" / "sft.npz") as saved:
+        assert saved.files and all(name.startswith("lora") for name in saved.files)
+    rows = read_metrics(workdir, "sft")
+    assert len(rows) == config.sft.steps and rows[-1]["loss"] < 0.95 * rows[0]["loss"]
+    assert read_metrics(workdir, "dpo-deconfounded")[0]["kl"] == pytest.approx(0, abs=1e-5), "it is the reference"
+    # Headlines are likelier under it than under the model as it was published.
+    begun = start.published(published[1], logs, read_n, workdir)
+    prompts_nq = begun.prompts(len(first.held_out))
+    own_n, old_n = (text_logprobs(begun.decoder, p, begun.tokens_nl[first.held_out], prompts_nq)
+                    for p in (dj.load(workdir).policy("sft"), begun.reference))  # fmt: skip
+    assert own_n.mean() > old_n.mean() + 1
+
+
+def test_all_of_a_published_model_is_trained_without_a_rank(published, tmp_path):
+    _, config, _ = published
+    logs = read_logs(config, rundir.epath.Path(tmp_path))
+    align_whole = dataclasses.replace(config.align, lora=Lora())
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, sft=True), align=align_whole)
+    begun = start.published(config, logs, np.arange(len(logs)), rundir.epath.Path(tmp_path))
+    assert begun.reference is begun.trained and list(begun.trained) == ["params"]
+    rows = read_metrics(tmp_path, "sft")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.parametrize("fixture", ["published", "tuned"])
+def test_the_saved_policy_is_the_one_that_was_judged(fixture, request):
     """Its implicit reward on the held-out arms, read again from the folder, scores what the results say."""
-    workdir, config, results = published
+    workdir, config, results, *_ = request.getfixturevalue(fixture)
     run, logs = dj.load(workdir), read_logs(config, rundir.epath.Path(workdir))
     plan = make_plan(config, logs)
     held = plan.parts[0].held_out
@@ -117,7 +162,7 @@ def test_texts_that_do_not_fit_are_counted_and_a_missing_model_is_named(publishe
     workdir, config, _ = published
     logs = read_logs(config, rundir.epath.Path(workdir))
     short = dataclasses.replace(config, policy=dataclasses.replace(config.policy, length=6))
-    begun = start.published(short, logs, rundir.epath.Path(tmp_path))
+    begun = start.published(short, logs, np.arange(len(logs)), rundir.epath.Path(tmp_path))
     cut = sum(len(text.split()) > 5 for text in logs.text)  # five words and the end mark
     assert f"policy.length=6 cuts {cut} of {len(logs)} texts short" in caplog.text and cut
     assert (begun.tokens_nl[:, -1] != PAD).sum() >= cut and begun.tokens_nl.shape == (len(logs), 6)

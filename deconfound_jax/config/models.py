@@ -54,6 +54,9 @@ class Policy:
     source: str = ""
     prompt: str = "Headline:"  # what every text of the log stands behind, for a published model
     length: int = 40  # tokens of a text behind the prompt, its end mark counted
+    # before anything else, train the published model on the log's texts by `config.Sft`: adapters where `align.lora`
+    # has a rank. Else it is the reference as it is, and what it writes behind a bare prompt may not be such a text
+    sft: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

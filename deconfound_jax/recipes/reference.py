@@ -1,4 +1,8 @@
-"""SFT: the reference policy, trained on the log's texts and nothing of their outcomes."""
+"""SFT: the reference policy, trained on the log's texts and nothing of their outcomes.
+
+train_reference(decoder, stage, tokens_nl, config, seed, record)                # a decoder of the log's own
+tune_reference(decoder, stage, published, texts, config, lora, seed, record)    # a published model, behind prompts
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,16 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from deconfound_jax.align.groups import epochs
-from deconfound_jax.align.logprobs import check_targets, group_scores, sequence_logprob, token_scores
-from deconfound_jax.align.losses.likelihood import token_nll
-from deconfound_jax.config import Features, Sft
+from deconfound_jax.align.logprobs import group_scores, sequence_logprob
+from deconfound_jax.align.scored import sft_objective
+from deconfound_jax.config import Features, Lora, Sft
 from deconfound_jax.models.decoder import Decoder
 from deconfound_jax.models.features import pool
 from deconfound_jax.models.rows import ROWS
 from deconfound_jax.models.tokenizer import PAD
-from deconfound_jax.recipes.stage import Record, Stage, batch_of, mesh_under, train
+from deconfound_jax.recipes.stage import Record, Stage, batch_of, mesh_under, train, trained_part
+from deconfound_jax.recipes.texts import Texts, check_texts
+from deconfound_jax.structs import Scored
 from deconfound_jax.train import hosts
 from deconfound_jax.train.step import adamw, make_step
 
@@ -27,13 +33,8 @@ _CHUNK = 256  # texts a compiled pass over a log sees, at least; fixed, so one s
 
 def sft_stage(decoder: Decoder, config: Sft, accumulate: int = 1) -> Stage:
     """The compiled step of maximum likelihood: mean nats per target token."""
-
-    def objective(params, frozen, batch, key):
-        loss_b = token_nll(token_scores(decoder, params, batch).logprob, batch)
-        return loss_b, jnp.ones_like(loss_b), 0.0, {}
-
     optimizer = adamw(config.learning_rate, config.steps)
-    step = make_step(objective, optimizer, accumulate=accumulate)
+    step = make_step(sft_objective(decoder), optimizer, accumulate=accumulate)
     return Stage(step, optimizer, config.steps, batch=batch_of(config), accumulate=accumulate).on(None)
 
 
@@ -43,12 +44,41 @@ def train_reference(
     """Trains a decoder from scratch on texts (n, l); returns its parameters.
 
     Raises:
-      ValueError: a text without a target token.
+      ValueError: a text without a target token, or of another vocabulary.
     """
-    check_targets(tokens_nl)
     params = decoder.init(jax.random.fold_in(jax.random.key(seed), 0), jnp.asarray(tokens_nl[:1]))
-    order = epochs(len(tokens_nl), config.batch, seed)
-    return train(stage, params, {}, lambda i: tokens_nl[order(i)], seed, record, stream=1).params
+    return _likeliest(decoder, stage, params, {}, Texts(tokens_nl), config, seed, record)
+
+
+def tune_reference(decoder: Decoder, stage: Stage, published: Any, texts: Texts, config: Sft, lora: Lora, seed: int,
+                   record: Record) -> dict[str, Any]:  # fmt: skip
+    """Trains a published model on the log's texts, so that preferences start from a policy that writes such texts.
+
+    Args:
+      published: its variables, {"params": ...}.
+      texts: behind prompts, or whole.
+      lora: with a rank, adapters are trained and the model stays as it is.
+
+    Returns:
+      What was trained: {"params": ...}, or {"lora": ...}, which `models.lora.merge_lora` makes a reference.
+
+    Raises:
+      ValueError: a text without a target token, or of another vocabulary.
+    """
+    params, frozen = trained_part(published, lora, seed)
+    return _likeliest(decoder, stage, params, frozen, texts, config, seed, record)
+
+
+def _likeliest(decoder, stage, params, frozen, texts, config, seed, record):
+    check_texts(texts, decoder, params)
+    order = epochs(len(texts.tokens_nl), config.batch, seed)
+
+    def batch(i: int) -> Scored:
+        pick = order(i)
+        prompt_bq = None if texts.prompt_nq is None else texts.prompt_nq[pick]
+        return Scored(texts.tokens_nl[pick], None, None, None, None, np.ones(len(pick), np.float32), prompt_bq)
+
+    return train(stage, params, frozen, batch, seed, record, keys=lambda i: texts.keys(order(i)), stream=1).params
 
 
 def text_logprobs(
