@@ -84,12 +84,14 @@ def upworthy_smollm2() -> Run:
                   --policy.source FILE.gguf --workdir runs/upworthy_smollm2
     hardware  two CPU cores, no accelerator
     time      within 60 minutes
+    expect    samples that are headlines: SFT on the log's texts comes before DPO, both by adapters
     """
     full = upworthy()
     return dataclasses.replace(
         full,
         name="upworthy_smollm2",
-        policy=Policy(source="HuggingFaceTB/SmolLM2-135M-Instruct", prompt="Headline:", length=32),
+        policy=Policy(source="HuggingFaceTB/SmolLM2-135M-Instruct", prompt="Headline:", length=32, sft=True),
+        sft=Sft(steps=200, batch=16, learning_rate=1e-3),
         align=Align(lora=Lora(rank=16), evaluate_every=75, samples=64, equal_texts="drop"),
         dpo=Dpo(steps=150, groups=4, group_size=4, beta=0.1, learning_rate=2e-4),
         checkpoint_every=50,
