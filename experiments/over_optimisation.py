@@ -190,7 +190,7 @@ def _plot(config: OverOptimisation, results: Mapping[str, Any], workdir: epath.P
                 at = f"{_prefix(config, temperature)}.{rows}.deconfounded.{score}"
                 lines.append(Line(score, kl, results[f"{at}.truth"], results[f"{at}.truth.error"]))
                 lines.append(Line(score, kl, results[f"{at}.proxy"], style="--"))
-    kl_png(workdir / "truth.png", panels, "gain, share of the oracle's")
+    kl_png(workdir / "truth.png", panels, "gain, share of the oracle's", "what the score promised")
 
 
 def _prefix(config: OverOptimisation, temperature: float) -> str:

@@ -28,13 +28,14 @@ class Line(NamedTuple):
     style: str = "-"
 
 
-def kl_png(path: str | epath.Path, panels: Mapping[str, Sequence[Line]], label: str) -> None:
+def kl_png(path: str | epath.Path, panels: Mapping[str, Sequence[Line]], label: str, dashed: str = "") -> None:
     """Panels of curves against KL as a PNG on white; a name stands in the legend once.
 
     Args:
       path: the file to write.
       panels: title -> its curves.
       label: of the vertical axis.
+      dashed: what dashed curves are, for the legend.
     """
     columns = min(len(panels), _COLUMNS)
     lines = -(-len(panels) // columns)
@@ -55,7 +56,10 @@ def kl_png(path: str | epath.Path, panels: Mapping[str, Sequence[Line]], label: 
             axis.set(title=title, xlabel="KL from the reference, nats a text", ylabel=label)
         for axis in axes[len(panels) :]:
             axis.remove()
-        axes[0].legend()
+        if dashed:
+            axes[0].plot([], [], "--", color="#555555", linewidth=1.5, label=dashed)
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names))
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=150, facecolor="white", metadata={"Software": None})
     epath.Path(path).write_bytes(image.getvalue())
